@@ -1,0 +1,15 @@
+# The two commands: `make demo` and `make test`. Both make .venv from requirements.txt first.
+PYTHON ?= python3
+
+.PHONY: demo test
+
+demo: .venv/installed
+	.venv/bin/python train.py --kd none out lift place
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,180 @@
+"""The processes: how images are noised, what the network is asked to predict, and how samples are drawn.
+
+A process owns time. A network is any callable `net(x_t, t, cond) -> prediction` with x_t (B, C, *spatial) and t (B,);
+the losses and the training loop never ask which process they serve:
+
+    process = DDPM()
+    t = process.sample_t(len(x0))                             # (B,)
+    noise = torch.randn_like(x0)                              # (B, C, H, W), x0 in [-1, 1]
+    prediction = net(process.add_noise(x0, noise, t), t, None)
+    loss = (prediction - process.target(x0, noise, t)).square().mean()
+    images = process.sample(net.eval(), (16, 3, 64, 64), steps=100).clamp(-1, 1)
+
+Symbols: B batch, C channels, T number of training timesteps, a_t = prod_{i <= t} (1 - beta_i) ("alpha_bar").
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, arXiv 2010.02502).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Net = Callable[[Tensor, Tensor, dict[str, Tensor] | None], Tensor]
+
+
+class DDPM:
+    """Noise prediction with a linear beta schedule, sampled by DDIM.
+
+    Args:
+        steps: T, the number of training timesteps; timesteps are the integers 0 .. T - 1.
+        beta_start, beta_end: variance of the noise added by the first and by the last timestep, in (0, 1).
+
+    Attributes: `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU.
+
+    Raises:
+        ValueError: `steps` below 1, or not 0 < beta_start <= beta_end < 1.
+    """
+
+    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2):
+        if steps < 1:
+            raise ValueError(f"DDPM needs at least 1 timestep, got steps={steps}; the published models use 1000")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        self.steps = steps
+        self.betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64).float()  # (T,)
+        self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
+        self._a = [*self.alpha_bar.tolist(), 1.0]  # for the sampler; a_{-1} = 1, the clean image, is where -1 finds it
+        self._alpha_bar_on: dict[torch.device, Tensor] = {}
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """q(x_t | x0): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (DDPM eq. 4).
+
+        Args:
+            x0, noise: (B, C, *spatial), any number of spatial axes. t: (B,) integers in [0, T), on the device of x0.
+
+        Returns: (B, C, *spatial), float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: shapes that differ, or a `t` that is not one integer per sample.
+        """
+        if x0.shape != noise.shape or t.shape != x0.shape[:1] or t.is_floating_point():
+            raise ValueError(
+                "add_noise needs x0 and noise of one shape (B, C, ...) and integer t of shape (B,), got "
+                f"x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)} {t.dtype}"
+            )
+        if x0.device not in self._alpha_bar_on:  # copied to each device once
+            self._alpha_bar_on[x0.device] = self.alpha_bar.to(x0.device)
+        a = self._alpha_bar_on[x0.device][t].reshape(-1, *[1] * (x0.ndim - 1))  # (B, 1, 1, 1)
+        return a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is to predict from x_t: here the noise itself. Same shapes as `add_noise`."""
+        return noise
+
+    def sample_t(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Timesteps for one training batch, (batch,) int64 in [0, T), in antithetic pairs t and T - 1 - t.
+
+        Pairs balance easy and hard timesteps within a batch, which lowers the variance of the gradient; each single
+        t is still uniform. The draw is made on the generator's device, so a CPU generator gives the same timesteps
+        on every machine.
+
+        Raises:
+            ValueError: `batch` below 1.
+        """
+        if batch < 1:
+            raise ValueError(f"sample_t needs a batch of at least 1, got {batch}")
+        where = device if generator is None else generator.device
+        u = torch.randint(0, self.steps, (batch // 2 + 1,), generator=generator, device=where)
+        return torch.cat([u, self.steps - 1 - u])[:batch].to(device or where)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The timesteps that a sampler of `steps` steps visits, noisiest first, evenly spaced down to 0.
+
+        Where `steps` divides T they are the published range(0, T, T // steps), reversed. Otherwise the published rule
+        visits more than `steps` of them (T = 1000, steps = 300: 334); here there are always exactly `steps`, with
+        gaps that differ by at most one.
+
+        Raises:
+            ValueError: `steps` outside 1 .. T.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ValueError(
+                f"the sampler takes 1 to {self.steps} steps, got steps={steps}; 100 is the published number"
+            )
+        return [i * self.steps // steps for i in reversed(range(steps))]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        net: Net,
+        shape: Sequence[int],
+        steps: int = 100,
+        cond: dict[str, Tensor] | None = None,
+        *,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        progress: Callable[[Iterable], Iterable] | None = None,
+    ) -> Tensor:
+        """Draws samples by DDIM (eq. 12), from pure noise to an image, with `steps` evaluations of the network.
+
+        Args:
+            net: called as `net(x_t, t, cond)` with t (B,) int64, in the mode it is in: call `net.eval()` first.
+            shape: (B, C, *spatial) of the result.
+            cond: handed to the network unchanged.
+            eta: 0 is deterministic given the starting noise, 1 as noisy as ancestral DDPM sampling.
+            noise: the starting point, of `shape`; the same for several networks makes their samples comparable.
+            generator: source of the starting noise and, with eta > 0, of each step's; a CPU one serves any device.
+            progress: wraps the loop over steps, for instance `tqdm`.
+
+        Returns: x_0, `shape`, float32, as it comes out: nothing is clipped on the way and the result is not clamped.
+
+        Raises:
+            ValueError: `steps` outside 1 .. T, `eta` outside [0, 1], `noise` not of `shape`, or a network whose
+                prediction is not of `shape`.
+        """
+        ts = self.timesteps(steps)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 as noisy as DDPM), got {eta}")
+        if noise is not None and noise.shape != tuple(shape):
+            raise ValueError(
+                f"the starting noise must have the shape of the samples, {tuple(shape)}, not {tuple(noise.shape)}"
+            )
+        device = _device_of(net, generator if noise is None else noise)
+        x = _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)  # (B, C, H, W)
+        pairs = list(zip(ts, ts[1:] + [-1], strict=True))
+        for t, t_next in pairs if progress is None else progress(pairs):
+            eps = net(x, torch.full(x.shape[:1], t, device=x.device), cond)
+            if eps.shape != x.shape:
+                raise ValueError(f"the network must predict noise of shape {tuple(x.shape)}, got {tuple(eps.shape)}")
+            x = self.step(x, eps.float(), t, t_next, eta, generator)
+        return x
+
+    def step(
+        self, x: Tensor, eps: Tensor, t: int, t_next: int, eta: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One DDIM step from timestep t to t_next < t, given the predicted noise eps; t_next = -1 is the clean image.
+
+        x, eps and the result: (B, C, *spatial). Coefficients are Python floats: no tables to move, nothing to wait for.
+        """
+        a, a_next = self._a[t], self._a[t_next]
+        sigma = eta * math.sqrt((1 - a / a_next) * (1 - a_next) / (1 - a))
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
+        return x + sigma * _randn(x.shape, generator, x.device) if sigma > 0 else x
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Normal noise on `device`, drawn where the generator lives, so that a CPU seed means the same on every machine."""
+    where = device if generator is None else generator.device
+    return torch.randn(*shape, generator=generator, device=where).to(device)
+
+
+def _device_of(net: Net, source: Tensor | torch.Generator | None) -> torch.device:
+    """The device of a module's parameters; a plain function has none, then that of the noise or its generator."""
+    parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    given = source if parameter is None else parameter
+    return torch.device("cpu") if given is None else given.device

@@ -1,0 +1,522 @@
+"""The numbers and the pictures: sampling, Frechet distance, precision and recall, sizes, the table, grids, curves.
+
+    python evaluate.py RUN [RUN ...]      one table over finished runs: mean ± std over all students of a method
+
+What is measured, and on what:
+
+    frechet_pixels     Frechet distance of Gaussians fitted to the pixels in [0, 1] (of 16x16 block means if larger)
+    frechet_digits     the same on 64 features of a small digit classifier that is trained here; None for other data
+    precision, recall  k-nearest-neighbour manifolds with k = 5, on the digit features, on other data the pixels
+    teacher_mse        mean squared distance to the teacher's final samples from the same noise, in [-1, 1] units
+    saturated          share of pixels with |x| > 1.2: how far the sampler left the range of images
+    non_finite         number of generated images that hold a NaN or an infinity
+
+The first four see what a viewer sees, samples clamped to [-1, 1] and rounded to 8 bits; the last three see the raw
+output of the sampler. Nothing here compares with numbers from an Inception network, and a Frechet distance shrinks as
+the number of images grows: compare within one table, against its floor (real images against real ones) and its teacher.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+
+SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
+FLOOR = "real, held out"  # the name of the row that sets real images against real ones
+COLORS = {  # one per method, the same in every picture, apart for colour-blind readers too (Okabe and Ito)
+    "teacher": "#000000",
+    "none": "#8c8c8c",
+    "out": "#e69f00",
+    "feat": "#cc79a7",
+    "out+feat": "#d55e00",
+    "lift": "#009e73",
+    "place": "#0072b2",
+}
+NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def parameters(net: nn.Module) -> int:
+    """Number of parameters, trainable or not."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
+    """Multiply-adds of one forward pass of one image of `shape` (C, H, W), by default the size that `net.config` names.
+
+    Counted by torch-pruning, as in the paper: convolutions, linear layers and norms, not the products inside attention.
+    Runs on the meta device, where tensors have a shape but no numbers: it costs next to nothing.
+    """
+    from torch_pruning.utils import count_ops_and_params
+
+    if shape is None:
+        shape = (net.config["in_channels"], net.config["image_size"], net.config["image_size"])
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    return int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t))[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def start_noise(n: int, shape: tuple[int, ...], seed: int, first: int = 0) -> Tensor:
+    """Standard normal noise (n, *shape), float32 on the CPU, for the images numbered first .. first + n - 1.
+
+    The noise of image i is a function of (seed, i) alone, whatever the batch size or the number of machines.
+    """
+    noise = np.empty((n, *shape), np.float32)
+    for i in range(n):
+        np.random.default_rng((seed, first + i)).standard_normal(dtype=np.float32, out=noise[i])
+    return torch.from_numpy(noise)
+
+
+@torch.no_grad()
+def sample(
+    net: nn.Module,
+    process,
+    n: int,
+    shape: tuple[int, int, int],
+    *,
+    seed: int,
+    steps: int,
+    eta: float = 0.0,
+    batch: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    label: str = "",
+) -> Tensor:
+    """n final samples (n, C, H, W), float32 on the CPU, in [-1, 1] units but NOT clamped; `shape` is (C, H, W).
+
+    Image i starts from `start_noise` of (seed, i): networks sampled with one seed can be compared image by image, and
+    `batch` changes an image by no more than the rounding of the network's arithmetic. With eta > 0 the noise on the way
+    is drawn for whole batches: there the images depend on `batch`.
+    The network is moved to `device` (default: stays where it is) and samples in eval mode; afterwards each of its
+    modules has the mode that it had.
+    """
+    net.to(device)
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
+    bar = tqdm(total=n, desc=label or "sampling", unit="img", disable=not progress, leave=False)
+    images = torch.empty(n, *shape)
+    try:
+        for first in range(0, n, batch):
+            noise = start_noise(min(batch, n - first), shape, seed, first)  # (b, C, H, W)
+            x = process.sample(net, noise.shape, steps, eta=eta, noise=noise, generator=generator)
+            images[first : first + len(x)] = x
+            bar.update(len(x))
+    finally:
+        bar.close()
+        for module, training in modes:
+            module.training = training
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extractors: uint8 images (N, C, H, W), a tensor or an array, -> features (N, D) float32
+
+
+def _pieces(images: Tensor | np.ndarray) -> Iterator[Tensor]:
+    """The images by the thousand, as tensors: as floats, 50,000 photographs at once would need many GB."""
+    for first in range(0, len(images), 1000):
+        yield torch.tensor(np.asarray(images[first : first + 1000]))
+
+
+def pixels(images: Tensor | np.ndarray) -> Tensor:
+    """The pixels in [0, 1]; of images larger than 16x16 the block means, so that D stays below the number of images."""
+    size = [min(side, 16) for side in images.shape[2:]]
+    return torch.cat([F.adaptive_avg_pool2d(piece / 255, size).flatten(1) for piece in _pieces(images)])
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional network on gray images (N, 1, H, W), H = W >= 8, with 64 features before its ten scores."""
+
+    accuracy = math.nan  # share of the held-out digits that it names correctly
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(8),  # (N, 16, 8, 8)
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),         # (N, 32, 4, 4)
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),            # (N, 1024)
+            nn.Linear(1024, 64), nn.ReLU(),                                      # (N, 64)
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(data.to_float(images)))  # (N, 10)
+
+    @torch.no_grad()
+    def features(self, images: Tensor | np.ndarray) -> Tensor:
+        return torch.cat([self.trunk(data.to_float(piece)) for piece in _pieces(images)])  # (N, 64)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | np.ndarray) -> Tensor:
+        """The most likely digit of each image, (N,) int64."""
+        return self.head(self.features(images)).argmax(1)
+
+
+def digit_classifier(image_size: int = 8, cache: str | os.PathLike = data.CACHE, steps: int = 400) -> DigitClassifier:
+    """The ruler of `frechet_digits`: trained once on the digits' train split (seconds), afterwards read from `cache`.
+
+    Its seeds are fixed, whatever the seed of a run: a ruler must not change with what it measures. Its accuracy on the
+    test split is measured after training and kept in the file. A damaged file is made anew.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = Path(cache) / f"digit-classifier-{image_size}-{steps}.safetensors"
+    net = DigitClassifier().eval()
+    try:
+        with safe_open(path, "pt") as file:
+            net.accuracy = float(file.metadata()["accuracy"])
+        net.load_state_dict(load_file(path))
+        return net
+    except (OSError, SafetensorError, RuntimeError, TypeError, KeyError):
+        pass  # there is none, or not a whole one
+
+    train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
+    images, labels = torch.tensor(train.images), torch.tensor(train.labels)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(0)
+        net = DigitClassifier()
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        for _ in tqdm(range(steps), desc="digit classifier", leave=False):
+            pick = torch.randint(len(images), (64,))
+            shift = torch.randint(-1, 2, (2,)).tolist()  # up to a pixel each way, for there are few images
+            loss = F.cross_entropy(net(images[pick].roll(shift, (2, 3))), labels[pick])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    net.eval()
+    net.accuracy = np.mean(net.predict(test.images).numpy() == test.labels).item()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")  # renamed when whole: a kill leaves no half file
+    save_file(net.state_dict(), part, metadata={"accuracy": repr(net.accuracy)})
+    os.replace(part, path)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to features (N, D) and (M, D), N and M >= 2 (Heusel et al. 2017).
+
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2 in float64. The last trace is the sum of the square roots of the
+    eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric and has none below 0: singular covariances (pixels that never
+    change) do no harm. Features that are not finite are infinitely far away.
+    """
+    if real.shape[1:] != fake.shape[1:] or real.ndim != 2 or min(len(real), len(fake)) < 2:
+        raise ValueError(f"frechet needs (N, D) and (M, D), N, M >= 2, not {tuple(real.shape)} and {tuple(fake.shape)}")
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        return math.inf
+    (m1, s1), (m2, s2) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (real.double(), fake.double()))  # (D, D)
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * overlap).item())
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 512) -> tuple[float, float]:
+    """Precision and recall of features (N, D) and (M, D), N and M > k (Kynkäänniemi et al. 2019, as prdc has them).
+
+    Each point has a ball that ends at its k-th neighbour in its own set, itself not counted. Precision: the share of
+    fakes strictly inside the ball of a real. Recall: the share of reals strictly inside the ball of a fake.
+    `chunk` rows of distances are held at a time: 50,000 x 50,000 in 2,048 dimensions fits in 4 GB.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall with k={k} need more than {k} images, not {len(real)} and {len(fake)}")
+    centre = real.double().mean(0)
+    real, fake = real.double() - centre, fake.double() - centre  # near 0, |a|^2 - 2ab + |b|^2 keeps its digits
+
+    def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:  # squared, (chunk, len(b)) at a time
+        norms = b.square().sum(1)
+        for rows in a.split(chunk):
+            yield torch.addmm(norms, rows, b.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
+
+    def radii(x: Tensor) -> Tensor:  # the nearest of k + 1 is the point itself
+        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(x, x)])
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    real_inside, fake_inside = [], torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    for d, radius in zip(distances(real, fake), real_radii.split(chunk), strict=True):
+        real_inside.append((d < fake_radii).any(1))
+        fake_inside |= (d < radius[:, None]).any(0)
+    return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
+
+
+def score(
+    samples: Tensor,
+    teacher_samples: Tensor | None,
+    real: Tensor | np.ndarray,
+    classifier: DigitClassifier | None = None,
+) -> dict[str, float | int | None]:
+    """The `SCORES` of samples (n, C, H, W) in [-1, 1] units, not clamped, against real images (N, C, H, W) uint8.
+
+    `teacher_samples` come from the same noise; None leaves teacher_mse None (real images in the place of samples).
+    A sampler that diverged is reported, not hidden: with any non-finite image the Frechet distances and teacher_mse are
+    infinite; such an image lies in no ball, which lowers precision, and its non-finite pixels count as saturated.
+    """
+    finite = samples.flatten(1).isfinite().all(1)  # (n,)
+    images = data.to_uint8(samples[finite])  # (m, C, H, W)
+    digits = classifier and classifier.features
+
+    def distance(extract) -> float:
+        return frechet(extract(real), extract(images)) if finite.all() else math.inf
+
+    precision, recall = 0.0, 0.0
+    if len(images) > 5:
+        extract = digits or pixels
+        precision, recall = precision_recall(extract(real), extract(images), k=5)
+    mse = None if teacher_samples is None else (samples.double() - teacher_samples).square().mean().item()
+    return {
+        "frechet_pixels": distance(pixels),
+        "frechet_digits": distance(digits) if digits else None,
+        "precision": precision * len(images) / len(samples),
+        "recall": recall,
+        "teacher_mse": math.inf if mse is not None and math.isnan(mse) else mse,
+        "saturated": 1 - (samples.abs() <= 1.2).double().mean().item(),  # put this way round, NaN counts
+        "non_finite": len(samples) - len(images),
+    }
+
+
+def protocol(
+    n_real: int,
+    n_fake: int,
+    n_floor: int,
+    *,
+    sampler: str,
+    steps: int,
+    eta: float,
+    ema: float,
+    seed: int,
+    classifier: DigitClassifier | None = None,
+) -> str:
+    """One line that says how the numbers of a table came about.
+
+    n_real, n_fake, n_floor: images of the train split, of each network, of the held-out split (0: there is none).
+    ema: rate of the weight average that was sampled. seed: of the starting noise.
+    """
+    features, on = "", "the same pixels"
+    if classifier:
+        on = f"64 features of a digit classifier ({classifier.accuracy:.1%} of held-out digits right)"
+        features = "Frechet digits, "
+    return (
+        f"Frechet px: pixels in [0, 1]; {features}precision, recall (k=5): {on}; these on samples clamped to [-1, 1] "
+        f"and rounded to 8 bits, MSE and saturated (|x| > 1.2) on raw samples; {n_real} real, {n_fake} generated"
+        f"{f', {n_floor} held out' if n_floor else ''}; {sampler}, {steps} steps, eta {eta:g}; EMA {ema:g}; seed {seed}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table_rows(metrics: dict) -> list[dict]:
+    """What `table` takes, from one metrics.json: its floor (if there is one), its teacher, its students.
+
+    Raises:
+        KeyError, TypeError, ValueError: a number is missing or is none.
+    """
+    found = [{**metrics["floor"], "method": FLOOR}] if metrics["floor"] else []
+    found += [{**metrics["teacher"], "method": "teacher"}, *({"seconds": None, **row} for row in metrics["students"])]
+    for row in found:
+        row |= {key: None if row[key] is None else float(row[key]) for key in SCORES}
+        if row["method"] != FLOOR:
+            row["parameters"] = int(row["parameters"])
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """Aligned text that is valid Markdown too: one line per method and size, floor and teacher on top.
+
+    A row has a method and the SCORES; parameters, seconds and seed where it is a student. Several rows of one method
+    give mean ± sample standard deviation. A column that is empty in all lines is left out; images that are not finite
+    are counted beside the name of the method.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["method"] != FLOOR, row["method"] != "teacher")):
+        group = groups.setdefault((row["method"], row.get("parameters")), [])
+        if "seed" in row or all(any(row[key] != other[key] for key in SCORES) for other in group):
+            group.append(row)  # runs that share a teacher each bring its row along: once is enough
+    full = next((size for method, size in groups if method == "teacher"), None)
+
+    lines = [["method", "Frechet px", "Frechet digits", "precision", "recall", "MSE to teacher", "saturated"]]
+    lines[0] += ["params", "% of teacher", "seconds"]
+    for (method, size), group in groups.items():
+        lost = int(sum(row["non_finite"] for row in group))
+        notes = [f"n={len(group)}"] * (len(group) > 1) + [f"{lost} not finite"] * (lost > 0)
+        line = [f"{method} ({', '.join(notes)})" if notes else method]
+        line += [_mean_std([row[key] for row in group]) for key in SCORES[:-1]]
+        line += [f"{size:,}", f"{100 * size / full:.2f}" if full else "-"] if size else ["-", "-"]
+        lines.append([*line, _mean_std([row.get("seconds") for row in group])])
+    columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
+    widths = [max(map(len, column)) for column in columns]
+    text = []
+    for first, *others in zip(*columns, strict=True):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        text.append(f"| {' | '.join(cells)} |")
+    text.insert(1, f"|:{'-' * widths[0]}-|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|")
+    return "\n".join(text)
+
+
+def _mean_std(values: list[float | None]) -> str:
+    """Three significant digits; "-" when nothing was measured, "inf" when a sampler diverged."""
+    values = [value for value in values if value is not None]
+    if not values or not all(map(math.isfinite, values)):
+        return "inf" if values else "-"
+    mean = statistics.fmean(values)
+    places = min(4, max(0, 2 - math.floor(math.log10(abs(mean))))) if mean else 0
+    return f"{mean:.{places}f}" + (f" ± {statistics.stdev(values):.{places}f}" if len(set(values)) > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def grid(path: str | os.PathLike, rows: dict[str, Tensor], columns: int = 16, lines: int = 2) -> None:
+    """Draws samples (n, C, H, W) in [-1, 1] units, C = 1 or 3: a labelled band per method, the teacher's on top.
+
+    All methods start from the same noise, so one place in a band is one noise. A band shows the first columns * lines
+    images. Pixels stay crisp; the colour NOT_FINITE marks those that are no numbers.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    bands = sorted(rows.items(), key=lambda band: band[0] != "teacher")
+    channels, height, width = bands[0][1].shape[1:]
+    if channels not in (1, 3):
+        raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
+    zoom, space, margin = max(1, math.ceil(40 / height)), 3, 16
+    font = ImageFont.load_default(18)
+    left = margin + 24 + math.ceil(max(font.getlength(name) for name, _ in bands))
+    shown = max(min(len(samples), columns * lines) for _, samples in bands)
+    step_y, step_x = height * zoom + space, width * zoom + space
+    band_height = math.ceil(shown / columns) * step_y + 4 * space
+    size = (left + min(shown, columns) * step_x - space + margin, 2 * margin + len(bands) * band_height - 5 * space)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for b, (name, samples) in enumerate(bands):
+        x, top = samples[: columns * lines].float().cpu(), margin + b * band_height
+        rgb = data.to_uint8(x.nan_to_num()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).clone()  # (n, H, W, 3)
+        rgb[~x.isfinite().all(1)] = torch.tensor(NOT_FINITE, dtype=torch.uint8)
+        bottom = top + band_height - 5 * space - 1
+        # gray behind the images: collapsed samples are often all white or all black
+        draw.rectangle((left - space, top - space, size[0] - margin + space - 1, bottom + space), fill="#a0a0a0")
+        for i, tile in enumerate(rgb.numpy()):
+            image = Image.fromarray(tile).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            picture.paste(image, (left + i % columns * step_x, top + i // columns * step_y))
+        draw.rectangle((left - 12, top, left - 8, bottom), fill=COLORS.get(name, "black"))
+        draw.text((left - 18, (top + bottom) / 2), name, fill="black", font=font, anchor="rm")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+PANELS = {  # what a log line calls it: (title, name of the y axis, logarithmic?)
+    "coarse": ("coarse term", "mean |b0| + |b1 - 1|", True),
+    "fine": ("fine term", "mean squared residual", True),
+    "w": ("weight of the fine term", "w", False),
+    "mse": ("distance to the teacher's output", "mean squared error", True),
+    "b0": ("intercept", "|b0|", True),
+    "b1": ("slope", "b1", False),
+    "grad_norm": ("gradient before clipping", "norm", True),
+}
+
+
+def curves(path: str | os.PathLike, log: str | os.PathLike | list[dict]) -> None:
+    """Draws how training went, from a log.jsonl or its records: a panel per quantity, a thin line per student.
+
+    A record has step, student ("place-0"), method, and those of `PANELS` that the method has. Of a long log, stretches
+    of equal length are averaged: about 100 points to a line.
+    """
+    from matplotlib.figure import Figure
+
+    if not isinstance(log, list):  # a kill may leave half a last line
+        log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.endswith("}")]
+    students: dict[str, dict[int, dict]] = {}
+    for record in log:
+        if "student" in record:
+            students.setdefault(record["student"], {})[record["step"]] = record  # a step that was repeated counts once
+
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    *axes, last = figure.subplots(2, 4, sharex=True).flat
+    handles = {}
+    for axis, (key, (title, name, logarithmic)) in zip(axes, PANELS.items(), strict=True):
+        for records in students.values():
+            method = next(iter(records.values()))["method"]
+            points = [(step, record[key]) for step, record in sorted(records.items()) if record.get(key) is not None]
+            if points:
+                stretch = math.ceil(len(points) / 100)
+                usable = len(points) // stretch * stretch
+                x, y = np.array(points[:usable], dtype=float).reshape(-1, stretch, 2).mean(1).T
+                y = np.abs(y) if key == "b0" else y
+                (handles[method],) = axis.plot(x, y, color=COLORS[method], linewidth=1)
+        if key == "b1":
+            axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        if key == "w":
+            axis.set_ylim(-0.03, 1.03)
+        if logarithmic and axis.lines:
+            axis.set_yscale("log", nonpositive="mask")
+        axis.set_title(title, loc="left")
+        axis.set(xlabel="step", ylabel=name)
+        axis.tick_params(labelbottom=True)
+        axis.grid(alpha=0.3, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    last.axis("off")
+    methods = sorted(handles, key=list(COLORS).index)
+    last.legend([handles[m] for m in methods], methods, loc="center", title="a line is one student", frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="One table over finished runs, mean ± std over students of a method.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run; its metrics.json is read")
+    rows, protocols = [], []
+    for run in parser.parse_args(arguments).runs:
+        path = run / "metrics.json"
+        try:
+            metrics = json.loads(path.read_text("utf-8"))
+            protocols.append(metrics["protocol"])
+            rows += table_rows(metrics)
+        except OSError as error:
+            print(f"evaluate.py: {path}: {error.strerror}; name the folder of a finished run", file=sys.stderr)
+            return 2
+        except (KeyError, TypeError, ValueError) as error:
+            print(f"evaluate.py: {path} is not what train.py writes: {type(error).__name__} {error}", file=sys.stderr)
+            return 2
+    print(table(rows))
+    for line, times in Counter(protocols).items():
+        print(f"{'WARNING, not the same for all runs: ' if times < len(protocols) else ''}{line}")
+    students = Counter((row["method"], row["parameters"], row["seed"]) for row in rows if "seed" in row)
+    for (method, _, seed), times in students.items():
+        if times > 1:
+            print(f"WARNING: {method} with seed {seed} is in {times} runs: is ± over seeds, or over other settings?")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,776 @@
+"""Distil a pruned diffusion student from its teacher, in one command.
+
+    python train.py                                              # the digits demo: minutes on a CPU
+    python train.py --kd none out lift place --seeds 0 1 2       # several methods and seeds, one teacher pass per batch
+    python train.py --data FOLDER --image-size 32 --prune 0.7    # any folder of images
+
+A run reads settings -> data -> teacher (given, cached, or trained first) -> students (pruned from the teacher) ->
+distil -> evaluate, and lives in one folder: config.json, log.jsonl, checkpoint.pt, student/, samples.png, curves.png,
+metrics.json. The same command resumes it. Everything random is a function of (seed, step), so a resumed run equals an
+uninterrupted one, and a run does not depend on how a batch is split over processes (torchrun).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from operator import ge, gt, lt
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import lift_place
+from diffusion import DDPM
+from lift_place import Distillation, adaptive, schedule
+from models import Tapped, UNet, feature_channels, feature_loss, load, prune_channels
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+# --kd: which output distance to the teacher, and whether the feature distance joins it (paper, Table 1).
+METHODS: dict[str, tuple[str | None, bool]] = {
+    "none": (None, False),
+    "out": ("mse", False),
+    "feat": (None, True),
+    "out+feat": ("mse", True),
+    "lift": ("lift", True),
+    "place": ("place", True),
+}
+
+# The presets, one line per data set. The demo keeps what decides the paper's effect (GroupNorm that pruning turned into
+# instance norm, sums over C, H, W, weights 1 / 1 / 1e-6, clip 1.0); how long and how fast it learns fits a CPU.
+COLUMNS = ("steps", "batch_size", "lr", "warmup", "decay", "clip", "ema", "dropout", "eval_samples", "sample_steps",
+           "teacher_steps", "teacher_lr", "channels")  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(COLUMNS, row, strict=True))
+    for name, *row in [
+        #         steps  batch  lr    warmup  decay      clip  ema    dropout  eval  DDIM  teacher: steps, lr, channels
+        ("digits",  1500,  32, 5e-3,     50, "cosine",    1.0, 0.99,  0.0,    1500,   50,           1700, 1e-3,  64),
+        ("folder", 20000,  64, 2e-4,    500, "constant",  1.0, 0.999, 0.1,    2000,  100,          50000, 2e-4, 128),
+    ]
+}  # fmt: skip
+
+# The teacher that is trained when none is given: the rest of UNet's arguments.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "digits": {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8},
+    "folder": {"channel_mults": (1, 2, 2, 2), "num_res_blocks": 2, "attention_resolutions": (16,)},
+}
+
+
+def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
+    """A field of Settings that is also a flag. limits: choices, or low <= value, above < value, value < below."""
+    return field(default=default, metadata={"text": text, "kind": kind, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on, and nothing else. Counts are in steps of the global batch.
+
+    None stands for the preset of the data set; after construction none is left but `data` and `norm`.
+
+    Raises:
+        ValueError: a value that cannot be used; one sentence says what would work.
+    """
+
+    dataset: str = option("digits", "digits (embedded), or folder (with --data)", choices=tuple(PRESETS))
+    data: str | None = option(None, "folder of images, any depth; alone it means --dataset folder")
+    image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1)
+    prune: float = option(0.9, "share of each layer's channels that pruning removes", float, low=0, below=1)
+    importance: str = option(
+        "random",
+        "channels that stay: magnitude, the largest; random, drawn by --seeds",
+        choices=("magnitude", "random"),
+    )
+    norm_groups: str = option(
+        "keep", "pruning keeps the number of norm groups (the paper), or their size (scale)", choices=("keep", "scale")
+    )
+    kd: tuple[str, ...] = option(("place",), "methods, one or more: " + ", ".join(METHODS), choices=tuple(METHODS))
+    seeds: tuple[int, ...] = option((0,), "a student per method and seed: draws its channels and dropout", int, low=0)
+    seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, low=0)
+    teacher: str = option("train", "folder of a saved network, or train: trained first, kept under runs/teachers")
+    teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
+    teacher_lr: float | None = option(None, "its learning rate", float, above=0)
+    channels: int | None = option(None, "its width at the first level", int, low=1)
+    steps: int | None = option(None, "distillation steps", int, low=1)
+    batch_size: int | None = option(None, "images per step, over all processes", int, low=1)
+    lr: float | None = option(None, "learning rate of Adam", float, above=0)
+    warmup: int | None = option(None, "steps over which the learning rate grows from 0", int, low=0)
+    decay: str | None = option(
+        None, "the learning rate after that: constant, or cosine to 0", choices=("constant", "cosine")
+    )
+    clip: float | None = option(None, "largest gradient norm of a student, 0: no clipping", float, low=0)
+    ema: float | None = option(None, "rate of the weight average that is evaluated and saved", float, low=0, below=1)
+    dropout: float | None = option(None, "dropout of the students; the teacher predicts without", float, low=0, below=1)
+    lambda_diff: float = option(1.0, "weight of the diffusion loss", float, low=0)
+    lambda_out: float = option(1.0, "weight of the output loss of out, lift, place", float, low=0)
+    lambda_feat: float = option(1e-6, "weight of the feature loss of feat, lift, place; 0 drops it", float, low=0)
+    constants: str = option("diff-pruning", "published constants of lift and place", choices=tuple(lift_place.PRESETS))
+    group_size: int = option(16, "K of place: elements per group", int, low=2)
+    norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
+    schedule: str = option("adaptive", "w of lift and place", choices=("adaptive", "constant", "linear", "cosine"))
+    eval_samples: int | None = option(None, "images to sample from every student, 0: no evaluation", int, low=0)
+    sample_steps: int | None = option(None, "DDIM steps", int, low=1, below=1001)
+    eta: float = option(0.0, "DDIM eta: 0 deterministic, 1 as noisy as DDPM", float, low=0, below=1.0001)
+    out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
+    save_every: int = option(500, "steps between checkpoints", int, low=1)
+
+    def __post_init__(self) -> None:
+        if self.data is not None and self.dataset == "digits":
+            object.__setattr__(self, "dataset", "folder")
+        if self.dataset in PRESETS:
+            preset = {"image_size": data.DATASETS[self.dataset].image_size, **PRESETS[self.dataset]}
+            for name, value in preset.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+        for item in fields(self):
+            given = getattr(self, item.name)
+            for value in given if isinstance(given, tuple) else () if given is None else (given,):
+                check(flag(item.name), value, item.metadata)
+        for name in ("kd", "seeds"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
+                raise ValueError(f"{flag(name)} takes one or more values, each named once")
+        if len(self.seeds) > 1 and self.importance != "random" and self.dropout == 0:
+            raise ValueError(
+                f"--seeds {' '.join(map(str, self.seeds))} with --importance {self.importance} and no dropout would "
+                "train the same student several times: use --importance random, or one seed"
+            )
+        if self.out is None:
+            several = f"-{len(self.seeds)}seeds" if len(self.seeds) > 1 else ""
+            name = f"{self.dataset}{self.image_size}-prune{self.prune:g}-{'-'.join(self.kd)}{several}"
+            object.__setattr__(self, "out", f"runs/{name}")
+
+
+# Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
+FREE = {"out", "device", "log_every", "save_every"}
+EVALUATION = {"eval_samples", "sample_steps", "eta"}
+
+
+def flag(name: str) -> str:
+    """The flag of a field: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def check(name: str, value: Any, limits: Any) -> None:
+    """ValueError, with what would work, unless the value keeps the limits of its field."""
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} {value} is not known, choose from {', '.join(choices)}{hint}")
+    bounds = [
+        (limits[key], compare, text)
+        for key, compare, text in (("low", ge, "at least"), ("above", gt, "above"), ("below", lt, "below"))
+        if key in limits
+    ]
+    if not all(compare(value, bound) for bound, compare, _ in bounds):
+        wanted = " and ".join(f"{text} {bound}" for bound, _, text in bounds)
+        raise ValueError(f"{name} {value} cannot be used, it must be {wanted}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+def sum_of_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distance, summed over one sample and averaged over the batch. a, b: (B, ...) -> ()."""
+    return nn.functional.mse_loss(a.float(), b.float(), reduction="sum") / a.shape[0]
+
+
+def objective(
+    settings: Settings,
+    method: str,
+    output: Tensor,
+    target: Tensor,
+    teacher_output: Tensor | None,
+    features: list[Tensor],
+    teacher_features: list[Tensor],
+    weight: Any,
+) -> tuple[Tensor, Distillation | None]:
+    """L = lambda_diff L_diffusion + lambda_out L_KD + lambda_feat L_FeatKD (paper, Method), all sums over C, H, W.
+
+    Args:
+        output, target, teacher_output: (B, C, H, W).
+        features, teacher_features: outputs of the tapped layers, the student's through its adapters; [] without them.
+        weight: what `place` takes.
+
+    Returns:
+        the loss, and the parts of LIFT or PLACE where the method has them.
+    """
+    loss = settings.lambda_diff * sum_of_squares(output, target)
+    distance, _ = METHODS[method]
+    parts = None
+    if distance == "mse":
+        loss = loss + settings.lambda_out * sum_of_squares(output, teacher_output)
+    elif distance is not None:
+        parts = fit(settings, distance, output, teacher_output, weight)
+        loss = loss + settings.lambda_out * parts.loss
+    if features:
+        loss = loss + settings.lambda_feat * feature_loss(features, teacher_features)
+    return loss, parts
+
+
+def fit(settings: Settings, distance: str, output: Tensor, teacher_output: Tensor, weight: Any = None) -> Distillation:
+    """`place` or `lift` with the constants of the settings."""
+    constants = {**lift_place.PRESETS[settings.constants], "weight": weight}
+    constants["norm"] = settings.norm or constants["norm"]
+    del constants["group_size"]
+    if distance == "lift":
+        return lift_place.lift(output, teacher_output, **constants)
+    return lift_place.place(output, teacher_output, group_size=settings.group_size, **constants)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Students
+
+
+class Student:
+    """A network in training: its module, its weight average, its optimizer."""
+
+    def __init__(self, settings: Settings, method: str, seed: int, net: nn.Module, teacher: nn.Module | None) -> None:
+        """`teacher`: tapped when this method has a feature term. The average starts from the weights of `net`."""
+        self.method, self.seed, self.name, self.seconds = method, seed, f"{method}-{seed}", 0.0
+        self.net = net.train()
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.module = self.bare = self.net
+        if METHODS[method][1] and isinstance(teacher, Tapped):
+            torch.manual_seed(hash_seed(seed))  # of the adapters
+            adapted = Tapped(net, adapters_to=feature_channels(teacher.net))
+            self.module = self.bare = adapted.to(next(net.parameters()).device)
+        self.optimizer = torch.optim.Adam(self.bare.parameters(), lr=settings.lr, fused=settings.device != "mps")
+        if dist.is_initialized():
+            self.module = DistributedDataParallel(self.bare)
+
+    def update(self, settings: Settings, step: int) -> Tensor:
+        """Clip (the network, not its adapters), step, average. Returns the gradient norm before clipping, ()."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * lr_factor(settings, step)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = min(settings.ema, (1 + step) / (10 + step))  # short runs would otherwise average over their start
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - rate)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        parts = {"module": self.bare, "ema": self.ema, "optimizer": self.optimizer}
+        return {"seconds": self.seconds, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.bare.load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.seconds = state["seconds"]
+
+
+def lr_factor(settings: Settings, step: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then constant or cosine to 0."""
+    warm = min(1.0, (step + 1) / (settings.warmup + 1))
+    return warm * (0.5 * (1 + math.cos(math.pi * step / settings.steps)) if settings.decay == "cosine" else 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(
+    settings: Settings,
+    students: list[Student],
+    teacher: nn.Module | None,
+    images: data.Images,
+    process: DDPM,
+    folder: Path,
+    *,
+    start: int,
+    device: torch.device,
+) -> bool:
+    """Train all students side by side: one batch, one noise, one teacher pass per step for all of them.
+
+    Args:
+        teacher: a network, `Tapped` when a student needs features; None trains on the data alone.
+        folder: where checkpoint.pt and log.jsonl go.
+        start: the steps that the students have behind them.
+
+    Returns:
+        True at the end; False when Ctrl-C or a scheduler's SIGTERM ended it early, after saving a checkpoint.
+    """
+    rank, world = rank_and_world()
+    rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
+    weight_over_ranks = adaptive_over_ranks if world > 1 else None
+    bar = tqdm(initial=start, total=settings.steps, desc=folder.name, unit="step", disable=rank > 0, mininterval=1.0)
+    with Stop() as stop, (folder / "log.jsonl").open("a") if rank == 0 else open(os.devnull, "w") as log, bar:
+        for step in range(start, settings.steps):
+            began = time.perf_counter()
+            x0, noise, t = (part[rows] for part in global_batch(settings, images, process, step, device))
+            x_t, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)  # (B, C, H, W) each
+            watched = step % settings.log_every == 0 or step + 1 == settings.steps
+            teacher_output, teacher_features = None, []
+            if teacher is not None and (watched or any(any(METHODS[student.method]) for student in students)):
+                with torch.no_grad():
+                    teacher_output, teacher_features = predict(teacher, x_t, t)
+            weight = schedule(settings.schedule, step, settings.steps)
+            weight = weight_over_ranks if weight is None else weight
+            teacher_seconds, began = time.perf_counter() - began, time.perf_counter()
+            for student in students:
+                torch.manual_seed(hash_seed(student.seed, step, rank))  # of the dropout
+                output, features = predict(student.module, x_t, t)
+                loss, parts = objective(
+                    settings, student.method, output, target, teacher_output, features, teacher_features, weight
+                )
+                loss.backward()
+                norm = student.update(settings, step)
+                if watched:
+                    numbers = {"loss": loss, "grad_norm": norm, **diagnose(settings, output, teacher_output, parts)}
+                    values = mean_over_ranks(torch.stack([n.detach().float() for n in numbers.values()])).tolist()
+                    record = {"step": step, "student": student.name, "method": student.method, "seed": student.seed}
+                    record["lr"] = student.optimizer.param_groups[0]["lr"]
+                    log.write(json.dumps({**record, **dict(zip(numbers, values, strict=True))}) + "\n")
+                now = time.perf_counter()
+                student.seconds += now - began + teacher_seconds * any(METHODS[student.method])
+                began = now
+            bar.update()
+            if stop.asked or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                log.flush()
+                save_checkpoint(settings, students, folder, step + 1)
+            if stop.asked:
+                return step + 1 == settings.steps
+    return True
+
+
+def global_batch(
+    settings: Settings, images: data.Images, process: DDPM, step: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch of a step over all processes, a function of (seed, step): images in [-1, 1] and noise, both
+    (B, C, H, W), and timesteps (B,)."""
+    index = data.batch_indices(len(images.images), settings.batch_size, step, settings.seed)  # (B,)
+    x0 = data.to_float(torch.as_tensor(images.images[index]).to(device, non_blocking=True))  # (B, C, H, W)
+    generator = torch.Generator(device).manual_seed(hash_seed(settings.seed, step))
+    if images.flip:
+        x0 = data.random_flip(x0, generator)
+    noise = torch.randn(x0.shape, generator=generator, device=device)  # (B, C, H, W)
+    return x0, noise, process.sample_t(len(x0), generator=generator, device=device)
+
+
+def predict(module: nn.Module, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output (B, C, H, W), and the features of a tapped network or []."""
+    result = module(x_t, t)
+    return result if isinstance(result, tuple) else (result, [])
+
+
+def diagnose(
+    settings: Settings, output: Tensor, teacher_output: Tensor | None, parts: Distillation | None
+) -> dict[str, Tensor]:
+    """What a log line says of a student beside its loss: the parts of its own LIFT or PLACE, else those of PLACE."""
+    if teacher_output is None:
+        return {}
+    with torch.no_grad():
+        parts = parts or fit(settings, "place", output, teacher_output)
+        mse = (output - teacher_output).square().mean()
+    names = {
+        "coarse": parts.coarse,
+        "fine": parts.fine,
+        "w": parts.weight,
+        "b0": parts.b0.mean(),
+        "b1": parts.b1.mean(),
+    }
+    return {**names, "mse": mse}
+
+
+def hash_seed(*numbers: int) -> int:
+    """One seed from several numbers; near ones give unrelated streams."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+class Stop:
+    """Inside the block Ctrl-C and SIGTERM only set `asked`, so that a step is finished and saved before the end.
+
+    Several processes keep the ordinary behaviour: they would not agree on the step at which to stop.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread() and rank_and_world()[1] == 1:
+            self.former = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in getattr(self, "former", {}).items():
+            signal.signal(number, handler)
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def adaptive_over_ranks(x: Tensor) -> Tensor:
+    """The adaptive weight of the whole batch, so that a result does not depend on how the batch is split."""
+    return adaptive(mean_over_ranks(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON would give them back."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def save_checkpoint(settings: Settings, students: list[Student], folder: Path, step: int) -> None:
+    """Write checkpoint.pt: plain tensors and numbers. A kill at any moment leaves the old one or the new one."""
+    if rank_and_world()[0] == 0:
+        states = {student.name: student.state() for student in students}
+        torch.save({"step": step, "settings": plain(settings), "students": states}, folder / "checkpoint.pt.new")
+        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
+
+
+def read_checkpoint(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint of a run, or None if it has none.
+
+    Raises:
+        ValueError: the file cannot be read (it is kept aside), or belongs to a run with other settings (named).
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        aside = path.with_name(f"checkpoint.pt.broken-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        raise ValueError(
+            f"{path} cannot be read (truncated or damaged), so it was moved to {aside}: the same command now starts "
+            f"this run from step 0, or put a good copy at {path} and it resumes from there"
+        ) from error
+    refuse_other_settings(settings, checkpoint["settings"], path, free=FREE | EVALUATION)
+    return checkpoint
+
+
+def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path, free: set[str]) -> None:
+    now = plain(settings)
+    differ = [name for name in now if name not in free and now[name] != former.get(name)]
+    if differ:
+        changes = ", ".join(f"{flag(name)} was {former.get(name)}, is {now[name]}" for name in differ)
+        raise ValueError(f"{path} is of a run with other settings ({changes}): give the former ones, or another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass
+class Run:
+    """What `prepare` found out before anything is written."""
+
+    settings: Settings
+    device: torch.device
+    images: data.Images  # to train on
+    held_out: data.Images | None  # never trained on: says how low a distance can get
+    teacher: nn.Module | None  # None: has to be trained first
+    checkpoint: dict[str, Any] | None
+    metrics: dict[str, Any] | None  # of the finished run, if it is one
+
+
+def prepare(settings: Settings) -> Run:
+    """Load and check everything a run needs; writes nothing.
+
+    Raises:
+        ValueError, OSError: one sentence that says what is wrong and what would work.
+    """
+    device = find_device(settings.device)
+    folder, world = Path(settings.out), rank_and_world()[1]
+    if settings.batch_size % world:
+        raise ValueError(f"--batch-size {settings.batch_size} cannot be split over {world} processes: give a multiple")
+    images = data.load(settings.dataset, settings.data, image_size=settings.image_size)
+    held_out = (
+        data.load("digits", image_size=settings.image_size, split="test") if settings.dataset == "digits" else None
+    )
+    teacher = None
+    if settings.teacher != "train":
+        teacher = load(settings.teacher)
+        for name, value in {"image_size": images.images.shape[-1], "in_channels": images.images.shape[1]}.items():
+            if teacher.config[name] != value:
+                raise ValueError(
+                    f"--teacher {settings.teacher} has {name} {teacher.config[name]}, the data {value}: "
+                    "use a teacher that was trained on such images"
+                )
+    probe = torch.zeros(1, *images.images.shape[1:])  # (1, C, H, W)
+    fit(settings, "place", probe, probe)  # refuses a group size that does not fit
+    checkpoint, metrics = read_checkpoint(settings, folder), None
+    if (folder / "metrics.json").exists():
+        metrics = json.loads((folder / "metrics.json").read_text())
+        refuse_other_settings(settings, metrics["settings"], folder / "metrics.json", free=FREE | EVALUATION)
+        if any(metrics["settings"][name] != getattr(settings, name) for name in EVALUATION):
+            metrics = None  # evaluated otherwise: evaluate again
+    return Run(settings, device, images, held_out, teacher, checkpoint, metrics)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device names; under torchrun the GPU of this process.
+
+    Raises:
+        ValueError: it does not exist on this machine.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    kind, _, index = name.partition(":")
+    there = {"cpu": not index, "mps": mps and not index, "cuda": cuda and int(index or 0) < torch.cuda.device_count()}
+    if not there.get(kind, False):
+        have = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"--device {name} is not on this machine: choose from auto, {', '.join(have)}")
+    return torch.device(name)
+
+
+def teacher_settings(settings: Settings) -> Settings:
+    """The run that trains the teacher: the same loop, with one unpruned student and the data alone."""
+    shared = (
+        "dataset",
+        "data",
+        "image_size",
+        "seed",
+        "batch_size",
+        "warmup",
+        "decay",
+        "clip",
+        "ema",
+        "dropout",
+        "channels",
+    )
+    own = {"prune": 0.0, "kd": ("none",), "steps": settings.teacher_steps, "lr": settings.teacher_lr}
+    own |= {"seeds": (settings.seed,), "out": "", "eval_samples": 0}
+    result = Settings(**{name: getattr(settings, name) for name in shared}, **own)
+    key = json.dumps([plain(result), TEACHERS[settings.dataset]])
+    out = f"runs/teachers/{settings.dataset}{settings.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return replace(
+        result, out=out, device=settings.device, log_every=settings.log_every, save_every=settings.save_every
+    )
+
+
+def find_teacher(run: Run, process: DDPM) -> nn.Module | None:
+    """The teacher that was given, or the one kept from an earlier run, or one trained now. None: stopped early."""
+    if run.teacher is not None:
+        return run.teacher
+    settings = teacher_settings(run.settings)
+    folder = Path(settings.out)
+    if (folder / "teacher" / "config.json").exists():
+        say(f"teacher: {folder / 'teacher'} (trained by an earlier run)")
+        return load(folder / "teacher")
+    say(f"teacher: training one for {settings.steps} steps in {folder}")
+    torch.manual_seed(settings.seed)
+    sizes = {name: getattr(settings, name) for name in ("image_size", "channels", "dropout")}
+    net = UNet(in_channels=run.images.images.shape[1], **sizes, **TEACHERS[settings.dataset]).to(run.device)
+    student = Student(settings, "none", settings.seed, net, None)
+    checkpoint = read_checkpoint(settings, folder)
+    if not resume(settings, [student], None, run, process, checkpoint):
+        return None
+    if rank_and_world()[0] == 0:
+        student.ema.save(folder / "teacher")
+    return student.ema
+
+
+def resume(
+    settings: Settings, students: list[Student], teacher: nn.Module | None, run: Run, process: DDPM, checkpoint: Any
+) -> bool:
+    """Train from the checkpoint on, or from the start. False: stopped early."""
+    folder, start = Path(settings.out), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is not None:
+        start = checkpoint["step"]
+        for student in students:
+            student.restore(checkpoint["students"][student.name])
+        say(f"{folder}: resumed at step {start} of {settings.steps}")
+    if rank_and_world()[0] == 0:
+        (folder / "config.json").write_text(json.dumps(plain(settings), indent=2) + "\n")
+        trim_log(folder / "log.jsonl", start)
+    done = train(settings, students, teacher, run.images, process, folder, start=start, device=run.device)
+    if not done:
+        say(f"{folder}: stopped and saved; the same command goes on")
+    return done
+
+
+def make_students(settings: Settings, teacher: nn.Module, tapped: nn.Module, device: torch.device) -> list[Student]:
+    """One student per method and seed; those of one seed start from the same channels of the teacher."""
+    students = []
+    for seed in settings.seeds:
+        net = prune_channels(teacher, settings.prune, settings.importance, settings.norm_groups, seed=seed).to(device)
+        net.config["dropout"] = settings.dropout
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+        students += [Student(settings, method, seed, copy.deepcopy(net), tapped) for method in settings.kd]
+    return students
+
+
+def distil(run: Run) -> dict[str, Any] | None:
+    """The whole run: teacher, students, training, evaluation. Returns what metrics.json holds; None: stopped early."""
+    settings, folder, process = run.settings, Path(run.settings.out), DDPM()
+    if run.metrics is not None:
+        say(f"{folder}: this run is finished, nothing to train; its results:")
+        report(run.metrics, folder)
+        return run.metrics
+    teacher = find_teacher(run, process)
+    if teacher is None:
+        return None
+    teacher = teacher.to(run.device).eval().requires_grad_(False)
+    features = settings.lambda_feat > 0 and any(METHODS[method][1] for method in settings.kd)
+    tapped = Tapped(teacher) if features else teacher
+    students = make_students(settings, teacher, tapped, run.device)
+    if not resume(settings, students, tapped, run, process, run.checkpoint):
+        return None
+    if rank_and_world()[0] > 0:
+        return None
+    for student in students:
+        student.ema.save(student_folder(folder, student, students))
+    metrics = measure(run, teacher, students, process)
+    (folder / "metrics.json.new").write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(folder / "metrics.json.new", folder / "metrics.json")
+    report(metrics, folder)
+    return metrics
+
+
+def student_folder(folder: Path, student: Student, students: list[Student]) -> Path:
+    return folder / "student" / student.name if len(students) > 1 else folder / "student"
+
+
+def measure(run: Run, teacher: nn.Module, students: list[Student], process: DDPM) -> dict[str, Any]:
+    """Sample the teacher and every student from the same noise, score them, draw samples.png and curves.png."""
+    settings, folder, real = run.settings, Path(run.settings.out), torch.as_tensor(run.images.images[:50_000])
+    shape, n = tuple(real.shape[1:]), settings.eval_samples
+    sampler = {"seed": settings.seed, "steps": settings.sample_steps, "eta": settings.eta, "device": run.device}
+    sizes = lambda net: {"parameters": evaluate.parameters(net), "macs": evaluate.macs(net, shape)}  # noqa: E731
+    metrics = {"settings": plain(settings), "teacher": sizes(teacher), "students": [], "protocol": "not evaluated"}
+    for student in students:
+        about = {"method": student.method, "seed": student.seed, "seconds": round(student.seconds, 1)}
+        metrics["students"].append({**about, **sizes(student.ema)})
+    evaluate.curves(folder / "curves.png", folder / "log.jsonl")
+    if n == 0:
+        return metrics
+    classifier = evaluate.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
+    samples = {"teacher": evaluate.sample(teacher, process, n, shape, label="sampling teacher", **sampler)}
+    metrics["teacher"] |= evaluate.score(samples["teacher"], samples["teacher"], real, classifier)
+    if run.held_out is not None:
+        held_out = data.to_float(run.held_out.images)
+        metrics["floor"] = evaluate.score(held_out, None, real, classifier)
+    for student, numbers in zip(students, metrics["students"], strict=True):
+        x = evaluate.sample(student.ema, process, n, shape, label=f"sampling {student.name}", **sampler)
+        numbers.update(evaluate.score(x, samples["teacher"], real, classifier))
+        samples.setdefault(student.method, x)  # the grid shows the first seed of each method
+    evaluate.grid(folder / "samples.png", samples)
+    metrics["protocol"] = evaluate.protocol(
+        len(real),
+        n,
+        n_floor=0 if run.held_out is None else len(run.held_out.images),
+        sampler="DDIM",
+        steps=settings.sample_steps,
+        eta=settings.eta,
+        ema=settings.ema,
+        seed=settings.seed,
+        classifier=classifier,
+    )
+    return metrics
+
+
+def report(metrics: dict[str, Any], folder: Path) -> None:
+    say(f"\n{evaluate.table(evaluate.rows(metrics))}\n\n{metrics['protocol']}\nsamples, curves and numbers: {folder}")
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop the lines from `step` on: a killed run logged them, and the resumed one will log them again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last line
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < step))
+
+
+def say(text: str) -> None:
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"train.py: error: {message}\n")
+
+
+def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
+    """Settings from the command line, and whether --dry-run was given."""
+    parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in fields(Settings):
+        several = isinstance(item.default, tuple)
+        default = " ".join(map(str, item.default)) if several else item.default
+        default = default if default is not None else "preset" if item.name in COLUMNS else "none"
+        more = {"nargs": "+"} if several else {}
+        text = f"{item.metadata['text']} [{default}]"
+        parser.add_argument(flag(item.name), type=item.metadata["kind"], help=text, default=argparse.SUPPRESS, **more)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    given = vars(parser.parse_args(argv))
+    dry_run = given.pop("dry_run")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    try:
+        return Settings(**given), dry_run
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: list[str] | None = None) -> int:
+    settings, dry_run = parse(argv)
+    if dry_run:
+        print(json.dumps(plain(settings), indent=2))
+        return 0
+    if "RANK" in os.environ:  # started by torchrun
+        cuda = settings.device in ("auto", "cuda") and torch.cuda.is_available()
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        run = prepare(settings)
+    except (ValueError, OSError) as error:  # what a user gave; anything later is ours and keeps its traceback
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+    distil(run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
