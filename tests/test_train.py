@@ -1,0 +1,355 @@
+"""The run: what it trains, that it resumes exactly, that it can be split over processes, and what it refuses."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import lift_place
+import models
+import train
+from diffusion import DDPM
+
+ROOT = Path(__file__).parents[1]
+# a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
+TINY = ["--channels", "16", "--teacher-steps", "3", "--prune", "0.5", "--steps", "6",
+        "--batch-size", "8", "--eval-samples", "16", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
+        "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """One working directory for the file: the tiny teacher and the digit classifier are trained once."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(autouse=True)
+def _inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *TINY, *arguments]
+
+
+def run(*arguments: str) -> None:
+    assert train.main([*TINY, *arguments]) == 0
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
+
+
+def log(folder: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------ the whole run
+
+
+def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothing(capsys):
+    arguments = ["--kd", *train.METHODS, "--seeds", "0", "1", "--out", "runs/all"]
+    run(*arguments)
+    out = Path("runs/all")
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples.png", "curves.png", "metrics.json"):
+        assert (out / name).stat().st_size > 0, name
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [(s["method"], s["seed"]) for s in metrics["students"]] == [(m, s) for s in (0, 1) for m in train.METHODS]
+    scores = {
+        "frechet_pixels",
+        "frechet_digits",
+        "precision",
+        "recall",
+        "teacher_mse",
+        "saturated",
+        "parameters",
+        "seconds",
+    }
+    assert all(scores <= student.keys() for student in metrics["students"])
+    assert metrics["students"][0]["parameters"] < metrics["teacher"]["parameters"]
+    first = capsys.readouterr().out
+    assert "| place (n=2)" in first and "FID" not in first
+
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    run(*arguments)
+    again = capsys.readouterr().out
+    assert "finished" in again and "| place (n=2)" in again
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+
+    run(*arguments, "--sample-steps", "3")  # only the evaluation differs: sampled again, not trained again
+    assert "trained by an earlier run" in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["settings"]["sample_steps"] == 3
+    assert before[out / "log.jsonl"] == (out / "log.jsonl").stat().st_mtime_ns
+
+
+def test_the_log_explains_every_student():
+    run("--kd", "none", "lift", "place", "--out", "runs/log", "--eval-samples", "0")
+    records = log("runs/log")
+    assert [r["step"] for r in records if r["student"] == "place-0"] == [0, 2, 4, 5]
+    for record in records:
+        assert {"loss", "coarse", "fine", "w", "b0", "b1", "mse", "grad_norm", "lr"} <= record.keys()
+        assert record["w"] == pytest.approx(1 - min(1, record["coarse"]), abs=1e-6)
+
+
+def test_a_student_is_saved_as_its_average_and_teaches_and_starts_other_runs():
+    run("--kd", "out", "--out", "runs/first", "--eval-samples", "0")
+    saved = models.load("runs/first/student")
+    checkpoint = torch.load("runs/first/checkpoint.pt", weights_only=True)
+    state = checkpoint["students"]["out-0"]
+    assert same(dict(saved.state_dict()), state["ema"])
+    assert not same(state["ema"], state["module"])
+    run("--kd", "place", "--teacher", "runs/first/student", "--out", "runs/second", "--eval-samples", "0")
+    sizes = json.loads(Path("runs/second/metrics.json").read_text())
+    assert sizes["teacher"]["parameters"] == sum(p.numel() for p in saved.parameters())
+
+
+def test_a_folder_of_images_trains_and_is_scored_on_pixels(tmp_path, capsys):
+    from PIL import Image
+
+    for i, pixels in enumerate(torch.randint(0, 256, (24, 20, 16, 3), dtype=torch.uint8, generator=torch.Generator())):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    run("--data", str(tmp_path), "--image-size", "8", "--channels", "32", "--prune", "0.3", "--out", "runs/folder")
+    metrics = json.loads(Path("runs/folder/metrics.json").read_text())
+    assert metrics["students"][0]["frechet_digits"] is None and metrics["students"][0]["frechet_pixels"] > 0
+    assert "Frechet digits" not in capsys.readouterr().out
+
+
+def test_dry_run_prints_the_resolved_settings_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run", "--kd", "none", "place"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert settings["kd"] == ["none", "place"] and settings["steps"] == train.PRESETS["digits"]["steps"]
+    assert not any(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- the objective
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """Student output, target, teacher output (4, 2, 8, 8), and two features each."""
+    generator = torch.Generator().manual_seed(0)
+    three = [torch.randn(4, 2, 8, 8, generator=generator) for _ in range(3)]
+    features = [[torch.randn(4, 5, side, side, generator=generator) for side in (8, 4)] for _ in range(2)]
+    return three, features
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_the_objective_is_the_papers_sum(method, outputs):
+    (student, target, teacher), (own, theirs) = outputs
+    settings = train.Settings(kd=(method,), lambda_diff=0.5, lambda_out=0.25, lambda_feat=2.0)
+    distance, features = train.METHODS[method]
+    loss, parts = train.objective(
+        settings, method, student, target, teacher, own if features else [], theirs if features else [], None
+    )
+
+    def squares(a, b):
+        return (a - b).square().flatten(1).sum(1).mean()
+
+    expected = 0.5 * squares(student, target)
+    if distance == "mse":
+        expected += 0.25 * squares(student, teacher)
+    if distance in ("lift", "place"):
+        expected += 0.25 * getattr(lift_place, distance)(student, teacher, reduction="sum").loss
+    if features:
+        expected += 2.0 * sum(squares(a, b) for a, b in zip(own, theirs, strict=True))
+    torch.testing.assert_close(loss, expected)
+    assert (parts is not None) == (distance in ("lift", "place"))
+
+
+def test_a_student_does_not_depend_on_its_company():
+    run("--kd", "place", "--dropout", "0.2", "--out", "runs/alone", "--eval-samples", "0")
+    run(
+        "--kd",
+        "none",
+        "feat",
+        "place",
+        "--dropout",
+        "0.2",
+        "--seeds",
+        "3",
+        "0",
+        "--out",
+        "runs/together",
+        "--eval-samples",
+        "0",
+    )
+    assert same(weights("runs/alone/student"), weights("runs/together/student/place-0"))
+    assert not same(weights("runs/alone/student"), weights("runs/together/student/place-3"))
+
+
+def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
+    settings = train.Settings(kd=("feat",), lr=1e-2, warmup=0, clip=1e-12, lambda_feat=1.0)
+    teacher = models.UNet(
+        8, 1, channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=8
+    )
+    tapped = models.Tapped(teacher)
+    net = models.prune_channels(teacher, 0.5)
+    student = train.Student(settings, "feat", 0, copy.deepcopy(net), tapped)
+    before = [adapter.weight.clone() for adapter in student.bare.adapters]
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 500])
+    output, features = student.module(x, t)
+    loss, _ = train.objective(settings, "feat", output, x, None, features, tapped(x, t)[1], None)
+    loss.backward()
+    assert student.update(settings, 0) > 1e-3  # the norm before clipping
+    assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(student.bare.adapters, before, strict=True))
+    assert student.ema.state_dict().keys() == net.state_dict().keys()
+
+
+def test_the_average_warms_up_then_keeps_its_rate():
+    settings = train.Settings(ema=0.5, steps=100)
+    net = models.UNet(8, 1, channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
+    student = train.Student(settings, "none", 0, net, None)
+    expected = student.ema.conv_in.weight.clone()
+    for step in range(20):
+        student.net.conv_in.weight.grad = torch.ones_like(student.net.conv_in.weight)
+        student.update(settings, step)
+        rate = min(0.5, (1 + step) / (10 + step))
+        expected = rate * expected + (1 - rate) * student.net.conv_in.weight.detach()
+    torch.testing.assert_close(student.ema.conv_in.weight, expected)
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    settings = train.Settings(steps=100, warmup=9, decay="cosine")
+    rates = [train.lr_factor(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == max(rates) > 0.9 and rates[-1] < 0.001
+    assert train.lr_factor(train.Settings(steps=100, warmup=0, decay="constant"), 99) == 1
+
+
+# --------------------------------------------------------------------------------------------------- resume, processes
+
+
+def test_a_killed_run_resumes_bit_for_bit():
+    arguments = ["--kd", "feat", "place", "--dropout", "0.1", "--steps", "40", "--eval-samples", "0"]
+    run(*arguments, "--out", "runs/whole")
+    checkpoint = Path("runs/killed/checkpoint.pt")
+    process = subprocess.Popen(command(*arguments, "--out", "runs/killed"), stderr=subprocess.DEVNULL)
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()  # SIGKILL: no chance to tidy up
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 40
+    run(*arguments, "--out", "runs/killed")
+    for name in ("feat-0", "place-0"):
+        assert same(weights(f"runs/whole/student/{name}"), weights(f"runs/killed/student/{name}"))
+    assert log("runs/whole") == log("runs/killed")
+
+
+def test_a_signal_saves_the_step_that_was_reached():
+    arguments = ["--kd", "place", "--steps", "4000", "--save-every", "4000", "--out", "runs/signal"]
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    while not Path("runs/signal/log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on" in text
+    assert torch.load("runs/signal/checkpoint.pt", weights_only=True)["step"] > 0
+
+
+def test_two_processes_train_what_one_trains():
+    arguments = ["--kd", "out", "feat", "place", "--lambda-feat", "1e-3", "--eval-samples", "0"]
+    run(*arguments, "--out", "runs/one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = command(*arguments, "--out", "runs/two")[1:]
+    subprocess.run([*torchrun, *two], check=True, env=environment, stderr=subprocess.PIPE, timeout=120)
+    for name in ("out-0", "feat-0", "place-0"):
+        assert same(weights(f"runs/one/student/{name}"), weights(f"runs/two/student/{name}"), tolerance=1e-5), name
+    one = [r for r in log("runs/one") if r["student"] == "place-0"]
+    two = [r for r in log("runs/two") if r["student"] == "place-0"]
+    assert [r["w"] for r in two] == pytest.approx([r["w"] for r in one], rel=1e-3)  # one weight for the whole batch
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    images = data.load("digits")
+    first, second = (
+        train.global_batch(train.Settings(seed=seed), images, DDPM(), 7, torch.device("cpu")) for seed in (1, 1)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for settings, step in ((train.Settings(seed=2), 7), (train.Settings(seed=1), 8)):
+        other = train.global_batch(settings, images, DDPM(), step, torch.device("cpu"))
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prune", "1.2"], ["--prune 1.2", "below 1"]),
+        (["--prune", "-0.1"], ["--prune -0.1", "at least 0"]),
+        (["--kd", "plaice"], ["--kd plaice", "did you mean place"]),
+        (["--kd", "place", "place"], ["--kd", "once"]),
+        (["--dataset", "cleba"], ["--dataset cleba", "digits"]),
+        (["--data", "/nowhere"], ["/nowhere", "folder"]),
+        (["--teacher", "/nowhere"], ["/nowhere", "network"]),
+        (["--steps", "0"], ["--steps 0", "at least 1"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--group-size", "7"], ["7", "64", "2, 4, 8, 16, 32, 64"]),
+        (["--image-size", "12"], ["8 or 16", "12"]),
+        (["--seeds", "0", "1", "--importance", "magnitude"], ["--seeds", "--importance random"]),
+        (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
+        (["--lr", "nan"], ["--lr nan", "above 0"]),
+        (["--schedule", "liner"], ["did you mean linear"]),
+        (["--bogus"], ["--bogus"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = train.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("train.py: error: ")
+    assert all(word in err for word in words), err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_truncated_checkpoint_is_kept_aside_and_the_run_can_go_on(capsys):
+    arguments = ["--kd", "place", "--out", "runs/truncated", "--eval-samples", "0"]
+    run(*arguments)
+    Path("runs/truncated/metrics.json").unlink()
+    path = Path("runs/truncated/checkpoint.pt")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert train.main([*TINY, *arguments]) == 2
+    err = capsys.readouterr().err
+    (aside,) = path.parent.glob("checkpoint.pt.broken-*")
+    assert str(path) in err.splitlines()[-1] and str(aside) in err and "step 0" in err
+    assert aside.stat().st_size == len(whole) // 2
+    run(*arguments)
+    assert torch.load(path, weights_only=True)["step"] == 6
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_name_and_left_alone(capsys):
+    arguments = ["--kd", "place", "--out", "runs/other", "--eval-samples", "0"]
+    run(*arguments)
+    before = Path("runs/other/checkpoint.pt").read_bytes()
+    assert train.main([*TINY, *arguments, "--lr", "0.001", "--clip", "2"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "--lr was 0.005, is 0.001" in err and "--clip was 1.0, is 2.0" in err and "--steps" not in err
+    assert Path("runs/other/checkpoint.pt").read_bytes() == before
+
+
+def test_a_teacher_that_does_not_fit_the_data_is_refused(capsys):
+    net = models.UNet(16, 3, channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
+    net.save("runs/rgb")
+    assert train.main([*TINY, "--teacher", "runs/rgb", "--out", "runs/unfit"]) == 2
+    assert "image_size 16, the data 8" in capsys.readouterr().err
+    assert not Path("runs/unfit").exists()
