@@ -92,19 +92,20 @@ def place(
             such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates.
 
     Returns:
-        Distillation, in float32 (float64 for float64 inputs). Finite wherever the inputs are below 1e15.
+        Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say.
 
     Raises:
         ValueError: unequal shapes, fewer than three axes, integer inputs, a group size that is below 2 or does not
             divide N, or an unknown norm or reduction.
     """
+    shape = tuple(student.shape)
     student, teacher = _check(student, teacher, norm, reduction)  # (B, C, N)
     n = student.shape[-1]
     if group_size < 2 or n % group_size:
         fits = ", ".join(str(k) for k in range(2, n + 1) if n % k == 0) or "none: use more elements"
         raise ValueError(
-            f"group_size {group_size} does not cut the N = {n} positions of a channel, in shape {tuple(student.shape)} "
-            f"(B, C, N), into equal groups of at least 2; group sizes that do: {fits}"
+            f"group_size {group_size} does not cut the N = {n} positions, in shape {shape}, "
+            f"into equal groups of at least 2 elements; group sizes that do: {fits}"
         )
     with torch.no_grad():  # the order carries no gradient
         order = (teacher - student).abs().argsort(dim=-1)  # (B, C, N), |e| sorts as e^2 does and cannot overflow
@@ -187,12 +188,13 @@ def _fit(
     # the same line, without the cancellation of two nearly equal numbers when the student is good.
     e = t - s
     s_mean, e_mean = s.mean(-1, keepdim=True), e.mean(-1, keepdim=True)  # (B, C, G, 1)
-    s_centred = s - s_mean
+    s_centred, e_centred = s - s_mean, e - e_mean  # (B, C, G, n)
     var = s_centred.square().mean(-1, keepdim=True)  # (B, C, G, 1)
-    cov = (s_centred * (e - e_mean)).mean(-1, keepdim=True)  # (B, C, G, 1)
+    cov = (s_centred * e_centred).mean(-1, keepdim=True)  # (B, C, G, 1)
     slope = (cov + (ridge - 1) * eps) / (var + eps)  # (B, C, G, 1), b1 - 1
     b0 = e_mean - slope * s_mean  # (B, C, G, 1)
-    residual = e - e_mean.detach() - slope.detach() * (s - s_mean.detach())  # (B, C, G, n), t - b0 - b1 s
+    # t - b0 - b1 s, with b0 and b1 fixed. The means pass no gradient: residuals sum to 0.
+    residual = e_centred - slope.detach() * s_centred  # (B, C, G, n)
 
     x = b0.abs().mean() + slope.abs().mean()
     coarse = x if norm == "l1" else b0.square().mean() + slope.square().mean()
