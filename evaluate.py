@@ -4,7 +4,7 @@
 
 What is measured, and on what:
 
-    frechet_pixels     Frechet distance of Gaussians fitted to the pixels in [0, 1] (of 16x16 block means if larger)
+    frechet_pixels     Frechet distance of Gaussians fitted to the pixels in [-1, 1] (of 16x16 block means if larger)
     frechet_digits     the same on 64 features of a small digit classifier that is trained here; None for other data
     precision, recall  k-nearest-neighbour manifolds with k = 5, on the digit features, on other data the pixels
     teacher_mse        mean squared distance to the teacher's final samples from the same noise, in [-1, 1] units
@@ -47,6 +47,7 @@ COLORS = {  # one per method, the same in every picture, apart for colour-blind 
     "place": "#0072b2",
 }
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
+MAY_DIFFER = {"kd", "seeds", "out", "device", "log_every", "save_every"}  # settings of runs that share one table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
@@ -139,9 +140,9 @@ def _pieces(images: Tensor | np.ndarray) -> Iterator[Tensor]:
 
 
 def pixels(images: Tensor | np.ndarray) -> Tensor:
-    """The pixels in [0, 1]; of images larger than 16x16 the block means, so that D stays below the number of images."""
+    """The pixels in [-1, 1]; of images larger than 16x16 the block means, so that D stays below the number of images."""
     size = [min(side, 16) for side in images.shape[2:]]
-    return torch.cat([F.adaptive_avg_pool2d(piece / 255, size).flatten(1) for piece in _pieces(images)])
+    return torch.cat([F.adaptive_avg_pool2d(piece / 127.5 - 1, size).flatten(1) for piece in _pieces(images)])
 
 
 class DigitClassifier(nn.Module):
@@ -181,21 +182,21 @@ def digit_classifier(image_size: int = 8, cache: str | os.PathLike = data.CACHE,
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
-    path = Path(cache) / f"digit-classifier-{image_size}-{steps}.safetensors"
-    net = DigitClassifier().eval()
-    try:
-        with safe_open(path, "pt") as file:
-            net.accuracy = float(file.metadata()["accuracy"])
-        net.load_state_dict(load_file(path))
-        return net
-    except (OSError, SafetensorError, RuntimeError, TypeError, KeyError):
-        pass  # there is none, or not a whole one
-
-    train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
-    images, labels = torch.tensor(train.images), torch.tensor(train.labels)
+    # v1: count up when the network or its training changes
+    path = Path(cache) / f"digit-classifier-{image_size}-{steps}-v1.safetensors"
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(0)
         net = DigitClassifier()
+        try:
+            with safe_open(path, "pt") as file:
+                net.accuracy = float(file.metadata()["accuracy"])
+            net.load_state_dict(load_file(path))
+            return net.eval()
+        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError):
+            pass  # there is none, or not a whole one
+
+        train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
+        images, labels = torch.tensor(train.images), torch.tensor(train.labels)
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
         for _ in tqdm(range(steps), desc="digit classifier", leave=False):
@@ -246,16 +247,16 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 512) -
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k={k} need more than {k} images, not {len(real)} and {len(fake)}")
-    centre = real.double().mean(0)
-    real, fake = real.double() - centre, fake.double() - centre  # near 0, |a|^2 - 2ab + |b|^2 keeps its digits
+    centre = real.mean(0, dtype=torch.float64)
+    real, fake = real - centre, fake - centre  # float64; near 0, |a|^2 - 2ab + |b|^2 keeps its digits
 
     def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:  # squared, (chunk, len(b)) at a time
-        norms = b.square().sum(1)
+        norms = torch.linalg.vector_norm(b, dim=1).square()  # b.square() would be another copy of b
         for rows in a.split(chunk):
             yield torch.addmm(norms, rows, b.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
 
     def radii(x: Tensor) -> Tensor:  # the nearest of k + 1 is the point itself
-        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in distances(x, x)])
+        return torch.cat([d.topk(k + 1, largest=False).values.amax(1) for d in distances(x, x)])
 
     real_radii, fake_radii = radii(real), radii(fake)
     real_inside, fake_inside = [], torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
@@ -322,7 +323,7 @@ def protocol(
         on = f"64 features of a digit classifier ({classifier.accuracy:.1%} of held-out digits right)"
         features = "Frechet digits, "
     return (
-        f"Frechet px: pixels in [0, 1]; {features}precision, recall (k=5): {on}; these on samples clamped to [-1, 1] "
+        f"Frechet px: pixels in [-1, 1]; {features}precision, recall (k=5): {on}; these on samples clamped to [-1, 1] "
         f"and rounded to 8 bits, MSE and saturated (|x| > 1.2) on raw samples; {n_real} real, {n_fake} generated"
         f"{f', {n_floor} held out' if n_floor else ''}; {sampler}, {steps} steps, eta {eta:g}; EMA {ema:g}; seed {seed}"
     )
@@ -332,16 +333,19 @@ def protocol(
 # The table
 
 
-def table_rows(metrics: dict) -> list[dict]:
+def rows(metrics: dict) -> list[dict]:
     """What `table` takes, from one metrics.json: its floor (if there is one), its teacher, its students.
+
+    A run that was not evaluated has sizes and seconds only.
 
     Raises:
         KeyError, TypeError, ValueError: a number is missing or is none.
     """
-    found = [{**metrics["floor"], "method": FLOOR}] if metrics["floor"] else []
-    found += [{**metrics["teacher"], "method": "teacher"}, *({"seconds": None, **row} for row in metrics["students"])]
+    found = [{**metrics["floor"], "method": FLOOR}] if metrics.get("floor") else []
+    found += [{**metrics["teacher"], "method": "teacher"}, *({**student} for student in metrics["students"])]
     for row in found:
-        row |= {key: None if row[key] is None else float(row[key]) for key in SCORES}
+        measured = not row.keys().isdisjoint(SCORES)
+        row |= {key: None if not measured or row[key] is None else float(row[key]) for key in SCORES}
         if row["method"] != FLOOR:
             row["parameters"] = int(row["parameters"])
     return found
@@ -364,7 +368,7 @@ def table(rows: list[dict]) -> str:
     lines = [["method", "Frechet px", "Frechet digits", "precision", "recall", "MSE to teacher", "saturated"]]
     lines[0] += ["params", "% of teacher", "seconds"]
     for (method, size), group in groups.items():
-        lost = int(sum(row["non_finite"] for row in group))
+        lost = int(sum(row["non_finite"] or 0 for row in group))
         notes = [f"n={len(group)}"] * (len(group) > 1) + [f"{lost} not finite"] * (lost > 0)
         line = [f"{method} ({', '.join(notes)})" if notes else method]
         line += [_mean_std([row[key] for row in group]) for key in SCORES[:-1]]
@@ -436,8 +440,8 @@ PANELS = {  # what a log line calls it: (title, name of the y axis, logarithmic?
     "fine": ("fine term", "mean squared residual", True),
     "w": ("weight of the fine term", "w", False),
     "mse": ("distance to the teacher's output", "mean squared error", True),
-    "b0": ("intercept", "|b0|", True),
-    "b1": ("slope", "b1", False),
+    "b0": ("intercept", "|mean b0|", True),
+    "b1": ("slope", "mean b1", False),
     "grad_norm": ("gradient before clipping", "norm", True),
 }
 
@@ -449,6 +453,7 @@ def curves(path: str | os.PathLike, log: str | os.PathLike | list[dict]) -> None
     of equal length are averaged: about 100 points to a line.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     if not isinstance(log, list):  # a kill may leave half a last line
         log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.endswith("}")]
@@ -464,11 +469,12 @@ def curves(path: str | os.PathLike, log: str | os.PathLike | list[dict]) -> None
         for records in students.values():
             method = next(iter(records.values()))["method"]
             points = [(step, record[key]) for step, record in sorted(records.items()) if record.get(key) is not None]
+            if key == "b0":
+                points = [(step, abs(value)) for step, value in points]
             if points:
                 stretch = math.ceil(len(points) / 100)
                 usable = len(points) // stretch * stretch
                 x, y = np.array(points[:usable], dtype=float).reshape(-1, stretch, 2).mean(1).T
-                y = np.abs(y) if key == "b0" else y
                 (handles[method],) = axis.plot(x, y, color=COLORS[method], linewidth=1)
         if key == "b1":
             axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -476,6 +482,9 @@ def curves(path: str | os.PathLike, log: str | os.PathLike | list[dict]) -> None
             axis.set_ylim(-0.03, 1.03)
         if logarithmic and axis.lines:
             axis.set_yscale("log", nonpositive="mask")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(3,)))
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which("{x:g}")
         axis.set_title(title, loc="left")
         axis.set(xlabel="step", ylabel=name)
         axis.tick_params(labelbottom=True)
@@ -495,26 +504,31 @@ def curves(path: str | os.PathLike, log: str | os.PathLike | list[dict]) -> None
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One table over finished runs, mean ± std over students of a method.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run; its metrics.json is read")
-    rows, protocols = [], []
+    found, protocols, settings = [], Counter(), {}
     for run in parser.parse_args(arguments).runs:
         path = run / "metrics.json"
         try:
             metrics = json.loads(path.read_text("utf-8"))
-            protocols.append(metrics["protocol"])
-            rows += table_rows(metrics)
+            found += rows(metrics)
+            protocols[metrics["protocol"]] += 1
+            for name, value in metrics.get("settings", {}).items():
+                settings.setdefault(name, set()).add(json.dumps(value))
         except OSError as error:
             print(f"evaluate.py: {path}: {error.strerror}; name the folder of a finished run", file=sys.stderr)
             return 2
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             print(f"evaluate.py: {path} is not what train.py writes: {type(error).__name__} {error}", file=sys.stderr)
             return 2
-    print(table(rows))
-    for line, times in Counter(protocols).items():
-        print(f"{'WARNING, not the same for all runs: ' if times < len(protocols) else ''}{line}")
-    students = Counter((row["method"], row["parameters"], row["seed"]) for row in rows if "seed" in row)
+    print(table(found), end="\n\n")
+    for line in protocols:
+        print(f"WARNING, not the same for all runs: {line}" if len(protocols) > 1 else line)
+    for name, values in settings.items():
+        if len(values) > 1 and name not in MAY_DIFFER:
+            print(f"WARNING: ± mixes runs that differ in {name}: {', '.join(sorted(values))}")
+    students = Counter((row["method"], row["parameters"], row["seed"]) for row in found if "seed" in row)
     for (method, _, seed), times in students.items():
         if times > 1:
-            print(f"WARNING: {method} with seed {seed} is in {times} runs: is ± over seeds, or over other settings?")
+            print(f"WARNING: {method} with seed {seed} is in {times} runs and counts {times} times")
     return 0
 
 

@@ -211,10 +211,10 @@ def test_published_sizes_of_celeba():
 
 def test_pixels():
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
-    assert torch.equal(evaluate.pixels(images), images.flatten(1) / 255)
-    assert torch.equal(evaluate.pixels(images.numpy()), images.flatten(1) / 255)
+    assert torch.equal(evaluate.pixels(images), images.flatten(1) / 127.5 - 1)
+    assert torch.equal(evaluate.pixels(images.numpy()), images.flatten(1) / 127.5 - 1)
     large = torch.randint(0, 256, (1200, 3, 32, 32), dtype=torch.uint8)
-    means = (large / 255).unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1)
+    means = (large / 127.5 - 1).unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5)).flatten(1)
     torch.testing.assert_close(evaluate.pixels(large), means)
 
 
@@ -250,7 +250,7 @@ def test_score_of_real_and_spoiled_digits(digits, classifier):
     floor = evaluate.score(real, None, train.images, classifier)
     assert tuple(floor) == evaluate.SCORES
     assert floor["teacher_mse"] is None and floor["saturated"] == floor["non_finite"] == 0
-    assert floor["frechet_pixels"] < 0.3 and floor["precision"] > 0.9 and floor["recall"] > 0.9
+    assert floor["frechet_pixels"] < 1 and floor["precision"] > 0.9 and floor["recall"] > 0.9
 
     spoiled = real + 0.7 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     scores = evaluate.score(spoiled, real, train.images, classifier)
@@ -304,10 +304,11 @@ def test_protocol_names_everything(classifier):
     assert "digit" not in plain and "held out" not in plain
 
 
-def metrics(px=(2.0, 4.0), protocol="as usual", seeds=(0, 1)):
+def metrics(px=(2.0, 4.0), protocol="as usual", seeds=(0, 1), **settings):
     student = {"method": "place", "parameters": 43_442, "macs": 1, "seconds": 30.0}
     return {
         "protocol": protocol,
+        "settings": {"norm_groups": "keep", "out": f"runs/{seeds}", "seeds": seeds} | settings,
         "floor": {**SCORE, "frechet_pixels": 0.14, "teacher_mse": None},
         "teacher": {**SCORE, "frechet_pixels": 0.4, "teacher_mse": 0.0, "parameters": 2_594_369, "macs": 2},
         "students": [
@@ -323,7 +324,7 @@ def cells(text):
 
 
 def test_table_means_and_layout():
-    text = evaluate.table(evaluate.table_rows(metrics()))
+    text = evaluate.table(evaluate.rows(metrics()))
     assert len({len(line) for line in text.splitlines()}) == 1  # aligned
     assert [line.strip("|").split("|")[0].strip() for line in text.splitlines()] == [
         "method", ":---------------", evaluate.FLOOR, "teacher", "place (n=2)",
@@ -344,7 +345,7 @@ def test_table_numbers_keep_three_digits():
 
 
 def test_table_of_other_data_and_of_a_diverged_seed():
-    rows = evaluate.table_rows(metrics(px=(2.0, math.inf)) | {"floor": None})
+    rows = evaluate.rows(metrics(px=(2.0, math.inf)) | {"floor": None})
     for row in rows:
         row["frechet_digits"] = None
     rows[-1]["non_finite"] = 3
@@ -353,8 +354,19 @@ def test_table_of_other_data_and_of_a_diverged_seed():
     assert cells(text)["place (n=2, 3 not finite)"][0] == "inf"
 
 
+def test_table_of_a_run_that_was_not_evaluated():
+    sizes = {"parameters": 100, "macs": 1}
+    run = {"teacher": sizes, "students": [{"method": "out", "seed": 0, "seconds": 2.0, **sizes}]}
+    assert cells(evaluate.table(evaluate.rows(run))) == {
+        "method": ["params", "% of teacher", "seconds"],
+        ":--------": ["-------:", "-------------:", "--------:"],
+        "teacher": ["100", "100.00", "-"],
+        "out": ["100", "100.00", "2.00"],
+    }
+
+
 def test_students_of_other_size_get_a_line_of_their_own():
-    rows = evaluate.table_rows(metrics())
+    rows = evaluate.rows(metrics())
     rows[-1]["parameters"] = 1000
     assert [line.split("|")[1].strip() for line in evaluate.table(rows).splitlines()].count("place") == 2
 
@@ -377,13 +389,14 @@ def test_command_line_joins_runs(tmp_path, capsys):
     assert cells(out)["place (n=3)"][0] == "4.00 ± 2.00" and out.count("| teacher ") == 1
     assert out.count("as usual") == 1 and "WARNING" not in out
 
-    other = write_run(tmp_path / "other", metrics(protocol="with 10 steps"))
+    other = write_run(tmp_path / "other", metrics(protocol="with 10 steps", norm_groups="scale"))
     assert evaluate.main([one, two, other]) == 0
     out = capsys.readouterr().out
     assert cells(out)["place (n=6)"][0] == "inf"
     warnings = [line for line in out.splitlines() if line.startswith("WARNING")]
     assert sum("with 10 steps" in line for line in warnings) == 1 and sum("as usual" in line for line in warnings) == 1
     assert sum("place with seed 0 is in 2 runs" in line for line in warnings) == 1
+    assert sum('differ in norm_groups: "keep", "scale"' in line for line in warnings) == 1 and len(warnings) == 5
 
 
 @pytest.mark.parametrize(
