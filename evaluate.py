@@ -21,6 +21,7 @@ import copy
 import json
 import math
 import os
+import platform
 import statistics
 import sys
 from collections import Counter
@@ -56,6 +57,21 @@ MAY_DIFFER = {"kd", "seeds", "out", "device", "log_every", "save_every"}  # sett
 def parameters(net: nn.Module) -> int:
     """Number of parameters, trainable or not."""
     return sum(p.numel() for p in net.parameters())
+
+
+def machine() -> dict[str, str | int]:
+    """What the seconds of a run depend on: processor, cores and threads, GPU, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
@@ -140,7 +156,7 @@ def _pieces(images: Tensor | np.ndarray) -> Iterator[Tensor]:
 
 
 def pixels(images: Tensor | np.ndarray) -> Tensor:
-    """The pixels in [-1, 1]; of images larger than 16x16 the block means, so that D stays below the number of images."""
+    """The pixels in [-1, 1]; of images larger than 16x16 the block means, so that D stays below their number."""
     size = [min(side, 16) for side in images.shape[2:]]
     return torch.cat([F.adaptive_avg_pool2d(piece / 127.5 - 1, size).flatten(1) for piece in _pieces(images)])
 

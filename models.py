@@ -2,11 +2,11 @@
 
 A network is `net(x_t, t, cond=None) -> prediction`: x_t (B, C, H, W), t (B,), cond a dict of tensors or None. Here are
 
-- `UNet`, the pixel-space network of DDIM (https://arxiv.org/abs/2010.02502) and of Diff-Pruning (https://arxiv.org/abs/2305.10924);
-  its parameters carry ddim's names, so public checkpoints fit without a renaming table;
-- `prune_channels`, which cuts a share of the channels of every layer and returns a smaller network that stands on its own;
-- `Tapped`, which reads the features between the blocks (FitNet distillation, https://arxiv.org/abs/1412.6550);
-- `net.save(folder)` and `load(folder)`: model.safetensors + config.json, never a pickle.
+- `UNet`, the pixel-space network of DDIM (https://arxiv.org/abs/2010.02502) and of Diff-Pruning
+  (https://arxiv.org/abs/2305.10924); its parameters carry ddim's names, so public checkpoints fit as they are;
+- `net.save(folder)` and `load(folder)`: model.safetensors + config.json, never a pickle;
+- `prune_channels`, which removes a share of the channels of every layer and returns a smaller network of its own;
+- `Tapped`, which also reads the features between the blocks, for FitNet distillation (https://arxiv.org/abs/1412.6550).
 
     teacher = UNet(64, dropout=0.1)                 # CelebA, 78.7 M parameters
     student = prune_channels(teacher, ratio=0.9)    # 1.3 M, weights taken from the teacher
@@ -26,18 +26,40 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# U-Net
-# ----------------------------------------------------------------------------------------------------------------------
+FILES = ("model.safetensors", "config.json")  # of a saved network, in the order in which they appear
+
+
+class Network(nn.Module):
+    """What all networks have: `config`, a dict for JSON that rebuilds them by `type(net)(**net.config)`, and `save`."""
+
+    config: dict
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes model.safetensors and config.json into `folder`; `load(folder)` gives the network back, bit for bit.
+
+        Each file appears whole or not at all, config.json last: a new folder without it is unfinished.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"class": type(self).__name__, **self.config}
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        (folder / "model.safetensors.part").write_bytes(to_bytes(state))  # save_file would shut out all other users
+        (folder / "config.json.part").write_text(json.dumps(config, indent=1) + "\n")
+        for name in FILES:
+            os.replace(folder / f"{name}.part", folder / name)
+
+
+# ---- U-Net -----------------------------------------------------------------------------------------------------------
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines then cosines of t at dim // 2 frequencies from 1 down to 1e-4: (B,) -> (B, dim), in float32.
+    """Sines, then cosines of t at dim // 2 frequencies from 1 to 1e-4, both included: (B,) -> (B, dim), float32.
 
-    As in DDPM: both end frequencies are included, an odd `dim` is filled up with one zero.
+    As in DDPM (https://arxiv.org/abs/2006.11239); an odd `dim` is filled up with a zero.
     """
     half = dim // 2
     freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - 1)))
@@ -45,67 +67,53 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))  # (B, dim)
 
 
-class _Sizes:
-    """Says by layer name how wide a layer is and into how many groups a norm splits its channels.
+class _Plan:
+    """Tells the blocks, by layer name, how wide a layer is and into how many groups a norm splits its channels.
 
-    Blocks ask it while they are built, under their full name. It remembers the questions, so the network knows afterwards
-    which layers set a width (`full`, before any pruning) and which are norms (`norms`).
+    It writes down what it was asked, in the order in which the layers run: `full` holds the layers that set a width and
+    what it is before any pruning, `norms` the norm layers, `features` the layers that FitNet distillation compares.
     """
 
     def __init__(self, widths: dict[str, int] | None, norm_groups: int | dict[str, int]):
-        self.given_widths, self.given_groups = widths or {}, norm_groups
+        self.widths, self.norm_groups = widths or {}, norm_groups
         self.full: dict[str, int] = {}
         self.norms: list[str] = []
+        self.features: list[str] = []
 
     def width(self, name: str, full: int) -> int:
         self.full[name] = full
-        width = self.given_widths.get(name, full)
-        if width < 1:
-            raise ValueError(f"widths: {name} needs at least one channel, not {width}")
-        return width
+        if self.widths.get(name, full) < 1:
+            raise ValueError(f"widths: {name} needs at least one channel, not {self.widths[name]}")
+        return self.widths.get(name, full)
 
     def norm(self, name: str, channels: int) -> nn.GroupNorm:
         self.norms.append(name)
-        groups = self.given_groups
-        if isinstance(groups, dict):
-            if name not in groups:
-                raise ValueError(f"norm_groups names every norm layer or is one number, but {name} is missing")
-            groups = groups[name]
+        groups = self.norm_groups.get(name, 0) if isinstance(self.norm_groups, dict) else self.norm_groups
         if groups < 1 or channels % groups:
-            raise ValueError(f"norm_groups: {name} has {channels} channels, which {groups} groups do not divide")
+            raise ValueError(f"norm_groups: {name} has {channels} channels, they cannot be split into {groups} groups")
         return nn.GroupNorm(groups, channels, eps=1e-6)
-
-    def check_names(self) -> None:
-        """A name that no layer asked for is a mistake: ValueError."""
-        groups = self.given_groups if isinstance(self.given_groups, dict) else {}
-        for argument, given, known in (("widths", self.given_widths, self.full), ("norm_groups", groups, self.norms)):
-            unknown = [name for name in given if name not in known]
-            if unknown:
-                raise ValueError(f"{argument} names {unknown[0]}, which is no layer of this network that takes one")
 
 
 class ResnetBlock(nn.Module):
-    """norm, conv, + time, norm, conv, + shortcut: (B, C, H, W) -> (B, out_channels, H, W).
+    """Two convolutions, the time between them, and a shortcut: (B, C, H, W), (B, D) -> (B, out_channels, H, W).
 
-    `full` is the constructor's width. Whether there is a shortcut convolution is decided by the caller from FULL widths,
-    so pruning never adds or removes one. Without it conv2 is as wide as the input: the residual stream has one width.
+    `full` and `out_full` are the widths in and out before any pruning. They decide whether the shortcut is a
+    convolution, so pruning never adds or removes one. Where it is none, conv2 is as wide as the input.
     """
 
-    def __init__(
-        self, name: str, sizes: _Sizes, in_channels: int, full: int, shortcut: bool, temb_channels: int, dropout: float
-    ):
+    def __init__(self, name: str, plan: _Plan, width: int, full: int, out_full: int, temb_width: int, dropout: float):
         super().__init__()
-        hidden = sizes.width(f"{name}.conv1", full)
-        out_channels = sizes.width(f"{name}.nin_shortcut", full) if shortcut else in_channels
-        self.norm1 = sizes.norm(f"{name}.norm1", in_channels)
-        self.conv1 = nn.Conv2d(in_channels, hidden, 3, padding=1)
-        self.temb_proj = nn.Linear(temb_channels, hidden)
-        self.norm2 = sizes.norm(f"{name}.norm2", hidden)
+        plan.features.append(name)
+        hidden = plan.width(f"{name}.conv1", out_full)
+        self.out_channels = plan.width(f"{name}.nin_shortcut", out_full) if full != out_full else width
+        self.norm1 = plan.norm(f"{name}.norm1", width)
+        self.conv1 = nn.Conv2d(width, hidden, 3, padding=1)
+        self.temb_proj = nn.Linear(temb_width, hidden)
+        self.norm2 = plan.norm(f"{name}.norm2", hidden)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1)
-        if shortcut:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.out_channels = out_channels
+        self.conv2 = nn.Conv2d(hidden, self.out_channels, 3, padding=1)
+        if full != out_full:
+            self.nin_shortcut = nn.Conv2d(width, self.out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, hidden, H, W)
@@ -115,59 +123,60 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over the pixels, one head, residual: (B, C, H, W) -> the same shape."""
+    """Self-attention between all pixels, one head, with a residual: (B, C, H, W) -> the same shape."""
 
-    def __init__(self, name: str, sizes: _Sizes, channels: int, full: int):
+    def __init__(self, name: str, plan: _Plan, width: int, full: int):
         super().__init__()
-        inner = sizes.width(f"{name}.q", full)  # q, k and v are pruned together
-        self.norm = sizes.norm(f"{name}.norm", channels)
-        self.q = nn.Conv2d(channels, inner, 1)
-        self.k = nn.Conv2d(channels, inner, 1)
-        self.v = nn.Conv2d(channels, inner, 1)
-        self.proj_out = nn.Conv2d(inner, channels, 1)
+        plan.features.append(name)
+        inner = plan.width(f"{name}.q", full)  # k and v have the same
+        self.norm = plan.norm(f"{name}.norm", width)
+        self.q, self.k, self.v = (nn.Conv2d(width, inner, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(inner, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(conv(h), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, inner), scaled by inner^-0.5: the CURRENT width
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):
-    """Halves height and width; pads one row below and one column to the right, as ddim does."""
+    """Halves H and W; pads below and to the right only, as ddim does."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, name: str, plan: _Plan, width: int, full: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2)
+        plan.features.append(f"{name}.conv")
+        self.conv = nn.Conv2d(width, plan.width(f"{name}.conv", full), 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H / 2, W / 2)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
+    """Doubles H and W: nearest neighbour, then a convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, name: str, plan: _Plan, width: int, full: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        plan.features.append(f"{name}.conv")
+        self.conv = nn.Conv2d(width, plan.width(f"{name}.conv", full), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The ddim U-Net: `net(x_t, t) -> prediction`, (B, in_channels, H, W), (B,) -> (B, out_channels, H, W).
 
-    image_size           height and width it is made for; decides at which levels attention stands
-    channels             width of the first level; level i has channels * channel_mults[i]
-    attention_resolutions  sizes of the feature map at which every block is followed by attention (the middle always has one)
-    norm_groups          groups of every GroupNorm, or {norm layer name: groups}
-    widths               of a pruned net: {layer name: output channels} for the layers that set a width
-                         (`net.full_widths` lists them all); every other layer follows from these
-    `net.config` is a dict of these arguments that JSON can hold: `UNet(**net.config)` is the same network.
+    image_size       height and width it is made for; decides at which levels attention stands
+    channels         width of the first level; level i has channels * channel_mults[i]
+    num_res_blocks   blocks of a level on the way down; on the way up there is one more
+    attention_resolutions  sizes of the feature map at which attention follows every block (the middle always has one)
+    norm_groups      groups of every GroupNorm, or {norm layer name: groups}
+    widths           of a pruned net: {layer name: output channels} for layers that set a width (`net.plan.full` names
+                     them); all other widths follow from these
 
     Published settings: CelebA 64 `UNet(64, dropout=0.1)`, CIFAR-10 `UNet(32, channel_mults=(1, 2, 2, 2), dropout=0.1)`,
-    LSUN 256 `UNet(256, channel_mults=(1, 1, 2, 2, 4, 4))`. Sizes that do not fit together raise a ValueError.
+    LSUN 256 `UNet(256, channel_mults=(1, 1, 2, 2, 4, 4))`. ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -183,9 +192,12 @@ class UNet(nn.Module):
         norm_groups: int | dict[str, int] = 32,
         widths: dict[str, int] | None = None,
     ):
-        super().__init__()
+        channel_mults, attention_resolutions = list(channel_mults), list(attention_resolutions)
         out_channels = in_channels if out_channels is None else out_channels
-        if min(image_size, in_channels, out_channels, num_res_blocks, *channel_mults, 1) < 1 or not channel_mults:
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config = config
+        if not channel_mults or min(image_size, in_channels, out_channels, num_res_blocks, *channel_mults) < 1:
             raise ValueError("image_size, in_channels, out_channels, num_res_blocks and channel_mults must be positive")
         if channels < 4:
             raise ValueError(f"channels must be at least 4 (the time embedding needs two frequencies), not {channels}")
@@ -195,248 +207,185 @@ class UNet(nn.Module):
         if image_size % 2 ** (levels - 1):
             raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times, once between two levels")
 
-        self.config = {
-            "image_size": image_size,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "channels": channels,
-            "channel_mults": list(channel_mults),
-            "num_res_blocks": num_res_blocks,
-            "attention_resolutions": list(attention_resolutions),
-            "dropout": dropout,
-            "norm_groups": dict(norm_groups) if isinstance(norm_groups, dict) else norm_groups,
-            "widths": dict(widths) if widths else None,
-        }
-        sizes = _Sizes(widths, norm_groups)
-        fulls = [channels * mult for mult in channel_mults]  # full width of each level
+        self.plan = plan = _Plan(widths, norm_groups)
+        fulls = [channels * mult for mult in channel_mults]
         attends = [image_size // 2**i in attention_resolutions for i in range(levels)]
-
+        d0, d1 = (plan.width(f"temb.dense.{i}", 4 * channels) for i in range(2))
         self.temb = nn.Module()
-        dense0, dense1 = (sizes.width(f"temb.dense.{i}", 4 * channels) for i in range(2))
-        self.temb.dense = nn.ModuleList([nn.Linear(channels, dense0), nn.Linear(dense0, dense1)])
+        self.temb.dense = nn.ModuleList([nn.Linear(channels, d0), nn.Linear(d0, d1)])
 
-        # `width`, `skips` are the numbers of channels that really flow, `full`, `full_skips` those before any pruning
-        width, full = sizes.width("conv_in", channels), channels
+        # what flows between the layers: `width` channels, `full` of them before any pruning
+        width, full = plan.width("conv_in", channels), channels
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        skips, full_skips = [width], [full]
+        skips = [(width, full)]
         self.down = nn.ModuleList()
         for i in range(levels):
             level = nn.Module()
             level.block, level.attn = nn.ModuleList(), nn.ModuleList()
             for j in range(num_res_blocks):
-                shortcut = full != fulls[i]
-                level.block.append(
-                    ResnetBlock(f"down.{i}.block.{j}", sizes, width, fulls[i], shortcut, dense1, dropout)
-                )
+                level.block.append(ResnetBlock(f"down.{i}.block.{j}", plan, width, full, fulls[i], d1, dropout))
                 width, full = level.block[-1].out_channels, fulls[i]
                 if attends[i]:
-                    level.attn.append(AttnBlock(f"down.{i}.attn.{j}", sizes, width, full))
-                skips.append(width)
-                full_skips.append(full)
+                    level.attn.append(AttnBlock(f"down.{i}.attn.{j}", plan, width, full))
+                skips.append((width, full))
             if i < levels - 1:
-                out = sizes.width(f"down.{i}.downsample.conv", full)
-                level.downsample = Downsample(width, out)
-                width = out
-                skips.append(width)
-                full_skips.append(full)
+                level.downsample = Downsample(f"down.{i}.downsample", plan, width, full)
+                width = level.downsample.conv.out_channels
+                skips.append((width, full))
             self.down.append(level)
 
         self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock("mid.block_1", sizes, width, full, False, dense1, dropout)
-        self.mid.attn_1 = AttnBlock("mid.attn_1", sizes, width, full)
-        self.mid.block_2 = ResnetBlock("mid.block_2", sizes, width, full, False, dense1, dropout)
+        self.mid.block_1 = ResnetBlock("mid.block_1", plan, width, full, full, d1, dropout)
+        self.mid.attn_1 = AttnBlock("mid.attn_1", plan, width, full)
+        self.mid.block_2 = ResnetBlock("mid.block_2", plan, width, full, full, d1, dropout)
 
         self.up = nn.ModuleList()
         for i in reversed(range(levels)):
             level = nn.Module()
             level.block, level.attn = nn.ModuleList(), nn.ModuleList()
             for j in range(num_res_blocks + 1):
-                in_width, shortcut = width + skips.pop(), full + full_skips.pop() != fulls[i]
-                level.block.append(
-                    ResnetBlock(f"up.{i}.block.{j}", sizes, in_width, fulls[i], shortcut, dense1, dropout)
-                )
+                skip_width, skip_full = skips.pop()
+                width, full = width + skip_width, full + skip_full
+                level.block.append(ResnetBlock(f"up.{i}.block.{j}", plan, width, full, fulls[i], d1, dropout))
                 width, full = level.block[-1].out_channels, fulls[i]
                 if attends[i]:
-                    level.attn.append(AttnBlock(f"up.{i}.attn.{j}", sizes, width, full))
+                    level.attn.append(AttnBlock(f"up.{i}.attn.{j}", plan, width, full))
             if i > 0:
-                out = sizes.width(f"up.{i}.upsample.conv", full)
-                level.upsample = Upsample(width, out)
-                width = out
+                level.upsample = Upsample(f"up.{i}.upsample", plan, width, full)
+                width = level.upsample.conv.out_channels
             self.up.insert(0, level)  # up[i] works at the resolution of down[i]
 
-        self.norm_out = sizes.norm("norm_out", width)
+        self.norm_out = plan.norm("norm_out", width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        sizes.check_names()
-        self.full_widths, self.norm_names = sizes.full, sizes.norms
+        named = {*plan.widths, *(norm_groups if isinstance(norm_groups, dict) else ())}
+        if unknown := named - {*plan.full, *plan.norms}:
+            raise ValueError(f"widths or norm_groups name {min(unknown)}, but no layer of this network asks for that")
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         """x_t (B, in_channels, H, W), t (B,) integers or floats -> (B, out_channels, H, W); `cond` must be empty."""
+        channels, factor = self.conv_in.in_channels, 2 ** (len(self.down) - 1)
+        if x_t.ndim != 4 or x_t.shape[1] != channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
+            shape = tuple(x_t.shape)
+            raise ValueError(f"x_t must be (B, {channels}, H, W) with H and W multiples of {factor}, not {shape}")
         if cond:
             raise ValueError(f"this UNet takes no condition, but cond holds {', '.join(cond)}")
-        factor = 2 ** (len(self.down) - 1)
-        if x_t.shape[1] != self.conv_in.in_channels or x_t.shape[2] % factor or x_t.shape[3] % factor:
-            raise ValueError(
-                f"x_t must be (B, {self.conv_in.in_channels}, H, W) with H and W multiples of {factor}, not {tuple(x_t.shape)}"
-            )
+
         temb = timestep_embedding(t, self.temb.dense[0].in_features).to(x_t.dtype)  # (B, channels)
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))  # (B, D)
-
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
             for j, block in enumerate(level.block):
                 h = block(h, temb)
-                if level.attn:
-                    h = level.attn[j](h)
+                h = level.attn[j](h) if level.attn else h
                 skips.append(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)  # H, W halve
                 skips.append(h)
-
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
-
         for level in reversed(self.up):
             for j, block in enumerate(level.block):
                 h = block(torch.cat([h, skips.pop()], dim=1), temb)
-                if level.attn:
-                    h = level.attn[j](h)
+                h = level.attn[j](h) if level.attn else h
             if hasattr(level, "upsample"):
                 h = level.upsample(h)  # H, W double
-
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def feature_layers(self) -> list[str]:
         """Names of the layers whose outputs FitNet distillation compares, in the order in which they run.
 
-        Every block, every attention and the convolution of every down- and upsampling, as Diff-Pruning's fork hooks them:
-        41 for CelebA, 34 for CIFAR-10, 48 for LSUN.
+        Every block, every attention and the convolution of every down- and upsampling, as in the paper's code: 41 for
+        CelebA, 34 for CIFAR-10, 48 for LSUN.
         """
-        names = []
-        for side, order in (("down", range(len(self.down))), ("up", reversed(range(len(self.up))))):
-            for i in order:
-                level = getattr(self, side)[i]
-                for j in range(len(level.block)):
-                    names.append(f"{side}.{i}.block.{j}")
-                    if level.attn:
-                        names.append(f"{side}.{i}.attn.{j}")
-                if hasattr(level, f"{side}sample"):
-                    names.append(f"{side}.{i}.{side}sample.conv")
-            if side == "down":
-                names += ["mid.block_1", "mid.attn_1", "mid.block_2"]
-        return names
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes folder/model.safetensors and folder/config.json; `load(folder)` gives the network back, bit for bit."""
-        save(self, folder)
+        return list(self.plan.features)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving, loading
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 NETWORKS = {"UNet": UNet}  # what a config.json may name as its "class"
 
 
-def save(net: nn.Module, folder: str | os.PathLike) -> None:
-    """See `UNet.save`. Each file appears whole or not at all, config.json last: a folder without it was never finished."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"class": type(net).__name__, **net.config}
-    weights, described = folder / "model.safetensors", folder / "config.json"
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, f"{weights}.part")
-    Path(f"{described}.part").write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(f"{weights}.part", weights)
-    os.replace(f"{described}.part", described)
-
-
-def load(folder: str | os.PathLike) -> nn.Module:
+def load(folder: str | os.PathLike) -> Network:
     """The network that `net.save(folder)` wrote, on the CPU, in eval mode.
 
-    FileNotFoundError if a file is missing, ValueError if a file is damaged or the weights do not fit the config.
+    FileNotFoundError if a file is missing; ValueError if a file is damaged or the weights do not fit the config.
     """
     folder = Path(folder)
-    weights, described = folder / "model.safetensors", folder / "config.json"
-    if not described.is_file():
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = f"; it holds networks in {', '.join(inside)}" if inside else ""
-        raise FileNotFoundError(f"{folder} is not a saved network: it has no config.json{hint}")
-    if not weights.is_file():
-        raise FileNotFoundError(f"{folder} is not a complete network: it has no model.safetensors")
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        found = [*folder.glob("*/model.safetensors"), *folder.glob("*/*/model.safetensors")]
+        inside = sorted(str(path.parent.relative_to(folder)) for path in found)
+        hint = f"; networks in it: {', '.join(inside)}" if inside else ""
+        raise FileNotFoundError(f"{folder} is not a saved network: it has no {' and no '.join(missing)}{hint}")
     try:
-        config = json.loads(described.read_text())
-        network = NETWORKS[config.pop("class")]
-        return _build(network, config, load_file(weights)).eval()
-    except KeyError as error:
-        raise ValueError(f"{described} must name its class, one of {', '.join(NETWORKS)}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{described} does not describe a network: {error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{weights} does not fit {described}: {error}") from error
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict) or config.get("class") not in NETWORKS:
+            raise ValueError(f'config.json must have a "class", one of: {", ".join(NETWORKS)}')
+        return _build(NETWORKS[config.pop("class")], config, load_file(folder / "model.safetensors")).eval()
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
 
 
-def _build(network: type[nn.Module], config: dict, state: dict[str, Tensor]) -> nn.Module:
-    """A network from its config and a copy of `state`; built on the meta device, so nothing is initialised in vain."""
+def _build(network: type[Network], config: dict, state: dict[str, Tensor]) -> Network:
+    """A network from its config and a copy of `state`; made on the meta device, so nothing is initialised in vain."""
     with torch.device("meta"):
         net = network(**config)
+    ours = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in {**ours, **theirs}:
+        a, b = ours.get(name, "absent"), theirs.get(name, "absent")
+        if a != b:
+            raise ValueError(f"{name} is {a} by the config, but {b} in the weights")
     net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return net
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Channel pruning
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Channel pruning -------------------------------------------------------------------------------------------------
 
 
 def prune_channels(
-    net: UNet,
-    ratio: float,
-    importance: str | Callable = "magnitude",
-    norm_groups: str = "keep",
-    seed: int = 0,
+    net: UNet, ratio: float, importance: str | Callable = "magnitude", norm_groups: str = "keep", seed: int = 0
 ) -> UNet:
     """A smaller, independent copy of `net` in which every layer lost the share `ratio` of its channels.
 
-    The rule of Diff-Pruning (https://arxiv.org/abs/2305.10924): channels that are added or normalised together go together. Of C such
-    channels C - int(C * (1 - ratio)) are to go; where a GroupNorm with g groups sees them, floor(that / g) go from EACH of
-    the g groups, so widths stay multiples of g (at 32 groups and ratio 0.9: 128 -> 32). The least important go first.
+    The rule of Diff-Pruning (https://arxiv.org/abs/2305.10924): channels that are added to each other go together. Of C
+    such channels C - int(C * (1 - ratio)) are to go; where a GroupNorm of g groups sees them, a g-th of that, rounded
+    down, goes from EACH group, so the width stays a multiple of g (32 groups, ratio 0.9: 128 -> 32). Always the least
+    important go.
 
     importance   "magnitude": sum of w^2 over all weights that write or read a channel;
                  "random": uniform, drawn from `seed`;
-                 or a function from a torch-pruning Group to one score per channel. The group's modules are copies of those
-                 of `net`, with its gradients in `.grad`.
-    norm_groups  "keep" the NUMBER of groups, as the paper does. At 90 % most groups are left with one channel: an instance
-                 norm, which erases each channel's mean and scale;
-                 "scale" it, so that the number of channels PER group stays (or the next larger that divides the width).
+                 or a function from a torch-pruning Group to one score per channel. The modules in the group are
+                 copies of those in `net`; their `.grad` is that of `net`.
+    norm_groups  "keep" the NUMBER of groups, as the paper does (fewer only where it does not divide the new width).
+                 At 90 % most groups are left with one channel: an instance norm, which erases its mean and scale;
+                 "scale" it, so that the channels PER group stay (or the next larger number that divides the width).
                  Widths and parameters are the same either way.
-    The copy has the device, dtype and mode of `net`; all its parameters are trainable. ValueError for a bad argument.
+    The copy has the device, dtype and mode of `net`; all its parameters are trainable. "random" also works on the meta
+    device: sizes without weights. ValueError for a bad argument.
     """
     import torch_pruning as tp
 
+    if not isinstance(net, UNet):
+        raise ValueError(f"prune_channels takes a UNet, not a {type(net).__name__}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is the share of channels to remove, in [0, 1), not {ratio}")
     if norm_groups not in ("keep", "scale"):
         raise ValueError(f'norm_groups must be "keep" or "scale", not {norm_groups!r}')
-    if importance == "magnitude":
-        importance = _magnitude
-    elif importance == "random":
-        generator = torch.Generator().manual_seed(seed)
-        importance = lambda group: torch.rand(len(group[0].idxs), generator=generator)  # noqa: E731
-    elif not callable(importance):
+    if importance not in ("magnitude", "random") and not callable(importance):
         raise ValueError(f'importance must be "magnitude", "random" or a function, not {importance!r}')
+    generator = torch.Generator().manual_seed(seed)
+    known = {"magnitude": _magnitude, "random": lambda group: torch.rand(len(group[0].idxs), generator=generator)}
+    score = importance if callable(importance) else known[importance]
 
     # torch-pruning cuts this copy in place; the result is then rebuilt from a config, so that it is a plain UNet
     cut = _build(UNet, net.config, net.state_dict())
     for new, old in zip(cut.parameters(), net.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
 
-    # Which channels belong together does not depend on the image size: trace at 2x2 pixels on the lowest level. (At 256x256
-    # tracing takes 20 GiB; one pixel is too little for an instance norm.)
+    # Which channels belong together does not depend on the image size, so trace the smallest: 2x2 pixels on the lowest
+    # level (one would be too few for an instance norm). Tracing 256x256 would take 20 GiB.
     size = 2 ** len(cut.down)
-    x = torch.zeros(
-        1, cut.conv_in.in_channels, size, size, device=cut.conv_in.weight.device, dtype=cut.conv_in.weight.dtype
-    )
+    x = cut.conv_in.weight.new_zeros(1, cut.conv_in.in_channels, size, size)
     with torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(cut, {"x_t": x, "t": x.new_zeros(1)})
     for group in graph.get_all_groups(ignored_layers=[cut.conv_out], root_module_types=[nn.Conv2d, nn.Linear]):
@@ -444,25 +393,21 @@ def prune_channels(
         channels = root.weight.shape[0]
         norms = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.GroupNorm)]
         g = max((norm.num_groups for norm in norms if channels % norm.num_groups == 0), default=1)
-        remove = min(
-            (channels - int(channels * (1 - ratio))) // g, channels // g - 1
-        )  # of each group; one channel stays
+        remove = min((channels - int(channels * (1 - ratio))) // g, channels // g - 1)  # of each group; one stays
         if remove > 0:
-            scores = rearrange(importance(group).float().cpu(), "(g n) -> g n", g=g)
-            lowest = scores.argsort(dim=1)[:, :remove] + torch.arange(g)[:, None] * (channels // g)
+            scores = rearrange(score(group).float().cpu(), "(g n) -> g n", g=g)
+            lowest = scores.argsort(dim=1, stable=True)[:, :remove] + torch.arange(g)[:, None] * (channels // g)
             graph.get_pruning_group(root, prune, sorted(lowest.flatten().tolist())).prune()
 
-    widths = {name: cut.get_submodule(name).weight.shape[0] for name in cut.full_widths}
+    widths = {name: cut.get_submodule(name).weight.shape[0] for name in cut.plan.full}
     groups = {}
-    for name in cut.norm_names:
-        before, width = net.get_submodule(name), cut.get_submodule(name).num_channels
-        per_group = (
-            before.num_channels // before.num_groups if norm_groups == "scale" else -(-width // before.num_groups)
-        )
-        groups[name] = next((width // n for n in range(per_group, width) if width % n == 0), 1)
+    for name in cut.plan.norms:
+        old, width = net.get_submodule(name), cut.get_submodule(name).num_channels
+        n = old.num_channels // old.num_groups if norm_groups == "scale" else math.ceil(width / old.num_groups)
+        groups[name] = next((width // k for k in range(n, width) if width % k == 0), 1)  # k >= n channels in each group
     config = {
         **net.config,
-        "widths": {name: width for name, width in widths.items() if width != cut.full_widths[name]},
+        "widths": {name: width for name, width in widths.items() if width != cut.plan.full[name]},
         "norm_groups": groups if len(set(groups.values())) > 1 else groups["norm_out"],
     }
     return _build(UNet, config, cut.state_dict()).train(net.training)
@@ -471,89 +416,81 @@ def prune_channels(
 def _magnitude(group) -> Tensor:
     """One score per channel of a torch-pruning group: the sum of w^2 over every weight that writes or reads it.
 
-    Norms do not count, nor do layers that see the channels more than once (their vectors are longer than the first one).
+    Norms do not count, nor do layers that meet a channel several times (their vectors are longer than the first one).
     """
     scores = []
     for dep, idxs in group:
         weight = getattr(dep.target.module, "weight", None)
         if weight is not None and weight.ndim > 1:
+            squares = weight.detach().float().square()
             reads = dep.handler.__name__ == "prune_in_channels"
-            squares = weight.detach().float().square().transpose(0, 1) if reads else weight.detach().float().square()
-            scores.append(squares.flatten(1).sum(1)[idxs])
+            scores.append((squares.transpose(0, 1) if reads else squares).flatten(1).sum(1)[idxs])
     return sum(score for score in scores if len(score) == len(scores[0]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Features for distillation
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Features for distillation ---------------------------------------------------------------------------------------
 
 
 class Tapped(nn.Module):
     """A network that also returns its features: `tapped(x_t, t, cond) -> (prediction, [features])`.
 
-    net          the bare network; `tapped.net` stays usable alone, and `tapped.net.parameters()` leaves the adapters out
-    names        layers to read, default `net.feature_layers()`; the features come in the order in which the layers run
-    adapters_to  channel counts of the teacher's features: each feature passes a 1x1 convolution without bias to that width,
-                 initialised U(-0.005, 0.005) as in Diff-Pruning's fork. None: features as they are.
+    net          the bare network; it stays usable alone, and `tapped.net.parameters()` leaves the adapters out
+    names        the layers to read, by default `net.feature_layers()`; their features come in this order
+    adapters_to  channels of the teacher's features: each feature passes a 1x1 convolution without bias to that width,
+                 initialised U(-0.005, 0.005), as in the paper's code. None: features as they are.
 
-    For multi-GPU training wrap the whole of it (DDP(Tapped(...))), so that the adapters' gradients are averaged too.
-    ValueError if a name is no layer of `net` or `adapters_to` has another length.
+    For multi-GPU training wrap all of it, DDP(Tapped(...)), so that the adapters' gradients are averaged too.
+    AttributeError for a name that is no layer of `net`, ValueError for `adapters_to` of another length.
     """
 
     def __init__(self, net: nn.Module, names: list[str] | None = None, adapters_to: list[int] | None = None):
         super().__init__()
-        self.net = net
-        names = net.feature_layers() if names is None else names
-        self.adapters = None
+        self.net, self.adapters = net, None
+        self.names = net.feature_layers() if names is None else list(names)
         if adapters_to is not None:
-            if len(adapters_to) != len(names):
-                raise ValueError(f"{len(names)} features but {len(adapters_to)} widths in adapters_to")
-            pairs = zip(feature_channels(net, names), adapters_to, strict=True)
+            if len(adapters_to) != len(self.names):
+                raise ValueError(f"{len(self.names)} features, but {len(adapters_to)} widths in adapters_to")
+            pairs = zip(feature_channels(net, self.names), adapters_to, strict=True)
             self.adapters = nn.ModuleList([nn.Conv2d(own, theirs, 1, bias=False) for own, theirs in pairs])
             for adapter in self.adapters:
                 nn.init.uniform_(adapter.weight, -0.005, 0.005)
-        # the hooks stay (torch.compile cannot trace their coming and going) and do nothing unless this forward is running
+        # the hooks stay (torch.compile cannot trace their coming and going) and do nothing while no forward below runs
         self.recorder = _Recorder()
-        for layer in _layers(net, names):
-            layer.register_forward_hook(self.recorder)
+        for name in self.names:
+            net.get_submodule(name).register_forward_hook(self.recorder)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        features: list[Tensor] = []
-        outer, self.recorder.features = self.recorder.features, features
+        outputs: dict[nn.Module, Tensor] = {}
+        outer, self.recorder.outputs = self.recorder.outputs, outputs
         try:
             prediction = self.net(x_t, t, cond)
         finally:
-            self.recorder.features = outer  # nothing of this call stays behind
+            self.recorder.outputs = outer  # nothing of this call stays behind
+        features = [outputs[self.net.get_submodule(name)] for name in self.names]  # each (B, C, H, W), C H W its own
         if self.adapters is not None:
             features = [adapter(f) for adapter, f in zip(self.adapters, features, strict=True)]
         return prediction, features
 
 
 class _Recorder:
-    """A forward hook that appends a layer's output to `features` while that is a list."""
+    """A forward hook that puts a layer's output into `outputs` while that is a dict."""
 
     def __init__(self) -> None:
-        self.features: list[Tensor] | None = None
+        self.outputs: dict[nn.Module, Tensor] | None = None
 
     def __call__(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if self.features is not None:
-            self.features.append(output)
-
-
-def _layers(net: nn.Module, names: list[str]) -> list[nn.Module]:
-    modules = dict(net.named_modules())
-    if missing := [name for name in names if name not in modules]:
-        raise ValueError(f"{type(net).__name__} has no layer {missing[0]}")
-    return [modules[name] for name in names]
+        if self.outputs is not None:
+            self.outputs[layer] = output
 
 
 def feature_channels(net: nn.Module, names: list[str] | None = None) -> list[int]:
-    """Channels of the features of these layers (default `net.feature_layers()`): the last convolution in a layer decides."""
+    """Channels of these layers' outputs (default `net.feature_layers()`): those of the last convolution in each."""
     names = net.feature_layers() if names is None else names
-    return [[m for m in layer.modules() if isinstance(m, nn.Conv2d)][-1].out_channels for layer in _layers(net, names)]
+    convs = [[m for m in net.get_submodule(name).modules() if isinstance(m, nn.Conv2d)] for name in names]
+    return [layers[-1].out_channels for layers in convs]
 
 
 def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Sum over the points of mean_B sum_chw (student - teacher)^2, the teacher detached; features (B, C, H, W) -> scalar."""
+    """Sum over the points of mean_B sum_CHW (student - teacher)^2, no gradient to the teacher; (B, C, H, W) each."""
     pairs = zip(student, teacher, strict=True)
     return sum(F.mse_loss(s.float(), t.detach().float(), reduction="sum") for s, t in pairs) / len(student[0])

@@ -670,11 +670,12 @@ def student_folder(folder: Path, student: Student, students: list[Student]) -> P
 
 def measure(run: Run, teacher: nn.Module, students: list[Student], process: DDPM) -> dict[str, Any]:
     """Sample the teacher and every student from the same noise, score them, draw samples.png and curves.png."""
-    settings, folder, real = run.settings, Path(run.settings.out), torch.as_tensor(run.images.images[:50_000])
+    settings, folder, real = run.settings, Path(run.settings.out), run.images.images[:50_000]
     shape, n = tuple(real.shape[1:]), settings.eval_samples
     sampler = {"seed": settings.seed, "steps": settings.sample_steps, "eta": settings.eta, "device": run.device}
     sizes = lambda net: {"parameters": evaluate.parameters(net), "macs": evaluate.macs(net, shape)}  # noqa: E731
-    metrics = {"settings": plain(settings), "teacher": sizes(teacher), "students": [], "protocol": "not evaluated"}
+    metrics = {"settings": plain(settings), "machine": evaluate.machine(), "protocol": "not evaluated"}
+    metrics |= {"teacher": sizes(teacher), "students": []}
     for student in students:
         about = {"method": student.method, "seed": student.seed, "seconds": round(student.seconds, 1)}
         metrics["students"].append({**about, **sizes(student.ema)})

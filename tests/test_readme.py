@@ -1,0 +1,48 @@
+"""The README keeps its word: its code runs, its commands parse, its tables are those of the committed runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if "train.py" in line
+]
+TABLES = re.findall(r"<!-- evaluate\.py (\S+) -->\n(.*?)\n\n", README, re.DOTALL)
+
+
+def test_the_python_code_of_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "coarse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_readme_are_understood(command):
+    arguments = command[command.index("train.py") + 1 :]
+    if "--help" not in arguments:
+        train.parse(arguments)
+
+
+@pytest.mark.parametrize(("folder", "shown"), TABLES, ids=[folder for folder, _ in TABLES])
+def test_the_tables_of_the_readme_are_those_of_the_committed_runs(folder, shown, capsys):
+    assert evaluate.main([str(ROOT / folder)]) == 0
+    table = capsys.readouterr().out.split("\n\n")[0]
+    assert shown == table
+
+
+def test_the_files_and_pictures_that_the_readme_names_exist():
+    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+)` \|", README, re.MULTILINE)
+    assert len(TABLES) >= 2 and "benchmarks/" in named
+    assert [name for name in named if not (ROOT / name).exists()] == []
