@@ -53,7 +53,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: floa
     return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
 
 
-def log(folder: str) -> list[dict]:
+def log(folder: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
@@ -61,13 +61,14 @@ def log(folder: str) -> list[dict]:
 
 
 def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothing(capsys):
-    arguments = ["--kd", *train.METHODS, "--seeds", "0", "1", "--out", "runs/all"]
+    arguments = ["--kd", "none", "feat", "place", "--seeds", "0", "1", "--out", "runs/all"]
     run(*arguments)
     out = Path("runs/all")
     for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples.png", "curves.png", "metrics.json"):
         assert (out / name).stat().st_size > 0, name
     metrics = json.loads((out / "metrics.json").read_text())
-    assert [(s["method"], s["seed"]) for s in metrics["students"]] == [(m, s) for s in (0, 1) for m in train.METHODS]
+    students = [(student["method"], student["seed"]) for student in metrics["students"]]
+    assert students == [(method, seed) for seed in (0, 1) for method in ("none", "feat", "place")]
     scores = {
         "frechet_pixels",
         "frechet_digits",
@@ -89,10 +90,11 @@ def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothin
     assert "finished" in again and "| place (n=2)" in again
     assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
 
+    records = log(out)
     run(*arguments, "--sample-steps", "3")  # only the evaluation differs: sampled again, not trained again
     assert "trained by an earlier run" in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text())["settings"]["sample_steps"] == 3
-    assert before[out / "log.jsonl"] == (out / "log.jsonl").stat().st_mtime_ns
+    assert before[out / "checkpoint.pt"] == (out / "checkpoint.pt").stat().st_mtime_ns and log(out) == records
 
 
 def test_the_log_explains_every_student():
@@ -261,7 +263,8 @@ def test_a_signal_saves_the_step_that_was_reached():
 
 
 def test_two_processes_train_what_one_trains():
-    arguments = ["--kd", "out", "feat", "place", "--lambda-feat", "1e-3", "--eval-samples", "0"]
+    # unpruned: before a norm of one channel per group a bias has no gradient but rounding, which Adam blows up
+    arguments = ["--kd", "out", "feat", "place", "--prune", "0", "--lambda-feat", "1e-3", "--eval-samples", "0"]
     run(*arguments, "--out", "runs/one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
