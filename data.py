@@ -5,21 +5,35 @@
     x0 = to_float(data.images[index])                         # (B, C, H, W) in [-1, 1]
     x0 = random_flip(x0, generator) if data.flip else x0
 
-Folders are decoded and resized once, into a memory-mapped file below `runs/cache/`; after that an epoch costs no
-decoding. What lies there may be deleted at any time.
+    for pixels in batches(data, 32, seed, start=step):        # the same images, fetched a few steps ahead
+        x0 = to_float(pixels.to(device, non_blocking=True))
+
+Images are decoded and resized once, into a memory-mapped file below `runs/cache/`; after that an epoch costs no
+decoding. What lies there may be deleted at any time. Sets too large to keep (LSUN bedroom: 596 GB) are decoded whenever
+they are indexed.
 Units: pixels are uint8 0 .. 255 at rest, float32 -1 .. 1 in the network.
 """
 
 import difflib
 import hashlib
+import io
+import itertools
+import math
 import os
+import pickle
+import shutil
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+import textwrap
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +44,18 @@ from tqdm import tqdm
 DIGITS_TRAIN, DIGITS_TEST = 1500, 297  # of scikit-learn's 1,797
 SPLITS = ("train", "test", "all")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ROOT = "data"  # where official files are looked for, and downloaded to, when no folder is given
 CACHE = "runs/cache"
+MAX_CACHE = 100e9  # bytes: a larger set is decoded whenever it is used, not kept. CelebA 2 GB, LSUN church 25 GB
 RECIPE = 1  # part of the cache key: raise it when `_decode` changes
 MAX_CORRUPT = 0.01  # share of unreadable images that is tolerated
+CELEBA_IMAGE, CELEBA_FACE = (178, 218), (25, 57, 25 + 128, 57 + 128)  # width, height; left, top, right, bottom
 
 
 class Images(NamedTuple):
     """One split of one data set."""
 
-    images: np.ndarray  # (N, C, H, W) uint8, in memory or memory-mapped read-only
+    images: "np.ndarray | OnTheFly"  # (N, C, H, W) uint8, in memory, memory-mapped read-only, or decoded when indexed
     labels: np.ndarray | None  # (N,) int64 class numbers from 0, or None
     name: str
     flip: bool  # may a training step mirror these images left to right?
@@ -57,17 +74,21 @@ def load(
     """Loads a split of a data set by name; `DATASETS` lists them.
 
     Args:
-        name: `digits` (embedded) or `folder` (any folder of images).
-        data: where the files are; `folder` needs it, `digits` has none.
-        image_size: height and width in pixels; None takes the default of the data set (digits 8, folder 64).
-        split: `train`, `test` or `all`. A folder has no test part.
+        name: `digits` (embedded), `folder` (any folder of images), `celeba`, `lsun_bedroom`, `lsun_church`, `cifar10`.
+        data: where the files are; `folder` needs it, `digits` has none. The others take a folder with the official
+            files, packed or unpacked, or any folder of images, and say on stderr which it was; None means the folder
+            `data` below the working directory, to which celeba and cifar10 are downloaded if they are not there.
+        image_size: height and width in pixels; None takes the default of the data set.
+        split: `train`, `test` or `all`. The official splits where there are some; a folder has no test part.
         seed: of the split of digits; the same seed gives the same split.
-        channels: 1 gray or 3 RGB; None takes the default of the data set (digits 1, folder 3).
+        channels: 1 gray or 3 RGB; None takes the default of the data set (digits 1, others 3).
         cache: the folder where decoded images are kept.
 
     Raises:
-        ValueError: an argument that does not fit, or a folder with no images or too many unreadable ones.
-        FileNotFoundError: `data` does not exist.
+        ValueError: an argument that does not fit, files that are not what they should be, or a folder with no images
+            or too many unreadable ones.
+        OSError: files are missing (FileNotFoundError), cannot be downloaded, or do not fit on the disk when decoded.
+        ImportError: LSUN without the library lmdb.
     """
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=1)
@@ -108,34 +129,144 @@ def _digits(data, image_size, split, seed, channels, cache):
     return images[part], digits.target[part].astype(np.int64)
 
 
-def _folder(data, image_size, split, seed, channels, cache):
+def _folder(data, image_size, split, seed, channels, cache, *, name="folder", wanted=(), face=None):
     """All images below a folder, resized and centre-cropped to a square.
 
     Labels: the sorted names of the sub-folders, numbered from 0, if every image lies in one; else None.
+    Other data sets come here with their `name` when the folder holds none of the files that they `wanted`.
     """
+    _check_shape(image_size, channels)
     if data is None:
         raise ValueError("the data set 'folder' needs data, the folder that holds the images")
     if split == "test":
         raise ValueError("a folder has no test split: keep held-out images in a folder of their own and load that one")
-    if image_size < 1:
-        raise ValueError(f"the image size must be at least 1 pixel, got {image_size}")
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 channel (gray) or 3 (RGB), not {channels}")
     folder = Path(data).resolve()
-    files = _image_files(folder)
+    files = _image_files(folder, wanted)
+    if name != "folder":
+        _say(f"{name}: no {' or '.join(wanted)} in {folder}, so its {len(files):,} images are taken as a plain folder")
     groups = [file.partition("/")[0] for file in files] if all("/" in file for file in files) else None
     number = {group: i for i, group in enumerate(sorted(set(groups or [])))}
+    labels = groups and [number[group] for group in groups]
+    stamps = str(folder), [(file, *_stamp(folder / file)[1:]) for file in files]
+    source = Source(folder.name, files, lambda file: folder / file, stamps, labels)
+    return _decoded(source, image_size, channels, cache, face)
 
-    stats = [(file, (folder / file).stat()) for file in files]
-    key = repr((RECIPE, str(folder), [(file, s.st_size, s.st_mtime_ns) for file, s in stats]))
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return decode_once(
-        cache / f"{folder.name}-{image_size}x{image_size}x{channels}-{digest}",
-        files,
-        groups and [number[group] for group in groups],
-        lambda file: _decode(folder / file, image_size, channels),
-        (channels, image_size, image_size),
-    )
+
+def _celeba(data, image_size, split, seed, channels, cache):
+    """CelebA as aligned by its authors: the official split, and the square around the face that ddim cuts out.
+
+    162,770 images to train on (partition 0), 19,962 to test (partition 2), 202,599 in all. No labels.
+    """
+    from torchvision.datasets import CelebA, utils
+
+    _check_shape(image_size, channels)
+    zipped, partition = "img_align_celeba.zip", "list_eval_partition.txt"
+    forms = {zipped: "img_align_celeba", partition: "list_eval_partition.csv"}  # unpacked; as Kaggle has it
+    source = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+
+    def find(folder, name):
+        return next((folder / form for form in (name, forms[name]) if (folder / form).exists()), None)
+
+    folder = _official_folder(data, "img_align_celeba")
+    home = next((home for home in (folder / "celeba", folder) if find(home, zipped)), None)
+    if data is None:
+        home = home or folder / "celeba"  # as torchvision lays it out
+        for file_id, md5, name in CelebA.file_list:
+            if name in forms and not find(home, name):
+                fetch = partial(utils.download_file_from_google_drive, file_id, filename=name, md5=md5)
+                _download(home / name, fetch, f"{zipped} and {partition} from {source}")
+    elif home is None:
+        wanted = (zipped, "img_align_celeba/")
+        return _folder(data, image_size, split, seed, channels, cache, name="celeba", wanted=wanted, face=CELEBA_FACE)
+
+    pictures, table = find(home, zipped), find(home, partition)
+    if table is None:
+        raise FileNotFoundError(
+            f"{partition} is missing in {home}; it says which images of CelebA are for training: fetch it from "
+            f"{source} and put it beside {pictures.name}"
+        )
+    numbers = {"train": ("0",), "test": ("2",), "all": ("0", "1", "2")}[split]
+    rows = [line.replace(",", " ").split() for line in table.read_text("utf-8").splitlines()]
+    names = [row[0] for row in rows if len(row) == 2 and row[1] in numbers]
+    if not names:
+        raise ValueError(f"{table} names no image of the {split} split; its lines must read like '000001.jpg 0'")
+    _say(f"celeba: {pictures.name} and {table.name} in {home}, {len(names):,} images in the {split} split")
+    if pictures.suffix == ".zip":
+        archive, stamps = _open_zip(pictures), _stamp(pictures)
+        read = lambda name: io.BytesIO(archive.read(f"img_align_celeba/{name}"))  # noqa: E731
+    else:
+        nested = pictures / "img_align_celeba"  # as Kaggle's copy unpacks
+        pictures = nested if nested.is_dir() else pictures
+        stamps = str(pictures), sorted((file.name, *_stamp(file)[1:]) for file in os.scandir(pictures))
+        read = lambda name: pictures / name  # noqa: E731
+    return _decoded(Source(f"celeba-{split}", names, read, stamps, None), image_size, channels, cache, CELEBA_FACE)
+
+
+def _lsun(name, category, data, image_size, split, seed, channels, cache):
+    """One category of LSUN from its lmdb, in the order of the keys. The test split is LSUN's val, of 300 images.
+
+    torchvision's own LSUN is not used: it writes its list of keys into the working directory as a pickle, and trusts
+    any pickle of that name that it finds there.
+    """
+    _check_shape(image_size, channels)
+    parts = {"train": f"{category}_train_lmdb", "test": f"{category}_val_lmdb"}
+    if split not in parts:
+        raise ValueError("LSUN keeps its splits in separate files: load 'train' or 'test', not 'all'")
+    folder = _official_folder(data, *parts.values())
+    file = folder / parts[split] / "data.mdb"
+    if file.exists():
+        database = _open_lmdb(file.parent.resolve())
+        with database.begin() as transaction:
+            keys = list(transaction.cursor().iternext(values=False))
+        _say(f"{name}: {len(keys):,} images in the lmdb {file.parent}")
+
+        def read(key):
+            with database.begin() as transaction:
+                return io.BytesIO(transaction.get(key))
+
+        return _decoded(Source(f"{name}-{split}", keys, read, _stamp(file), None), image_size, channels, cache)
+    if data is None:
+        raise FileNotFoundError(
+            f"LSUN is not downloaded automatically: fetch http://dl.yf.io/lsun/scenes/{parts[split]}.zip, unzip it in "
+            f"{folder}, or name the folder that holds {parts[split]}, or a folder of images, with --data"
+        )
+    wanted = (f"{parts[split]}/ (unzipped)",)
+    return _folder(data, image_size, split, seed, channels, cache, name=name, wanted=wanted)
+
+
+def _cifar10(data, image_size, split, seed, channels, cache):
+    """CIFAR-10 from its official batches: 50,000 images to train on, 10,000 to test, ten classes as labels."""
+    from torchvision.datasets import CIFAR10, utils
+
+    folder = _official_folder(data, CIFAR10.base_folder)
+    place = next((p for p in (folder / CIFAR10.base_folder, folder / CIFAR10.filename) if p.exists()), None)
+    if place is None and data is not None:
+        wanted = (f"{CIFAR10.base_folder}/", CIFAR10.filename)
+        return _folder(data, image_size, split, seed, channels, cache, name="cifar10", wanted=wanted)
+    if (image_size, channels) != (32, 3):
+        raise ValueError(f"CIFAR-10 has 3 channels at image size 32, not {channels} at {image_size}")
+    if place is None:
+        place = folder / CIFAR10.filename
+        fetch = partial(utils.download_url, CIFAR10.url, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+        _download(place, fetch, f"it from {CIFAR10.url}")
+    _say(f"cifar10: the official batches in {place}")
+    parts = {"train": CIFAR10.train_list, "test": CIFAR10.test_list, "all": CIFAR10.train_list + CIFAR10.test_list}
+    md5s = dict(parts[split])  # file -> md5
+    if place.is_dir():
+        raw = {name: (place / name).read_bytes() for name in md5s if (place / name).exists()}
+    else:
+        if not utils.check_integrity(place, CIFAR10.tgz_md5):
+            raise ValueError(f"{place} is not the published file or is damaged: fetch {CIFAR10.url} again")
+        with tarfile.open(place) as archive:  # one pass over all files, for going back means unpacking again
+            raw = {os.path.basename(file.name): archive.extractfile(file).read() for file in archive if file.isfile()}
+    contents = []
+    for name, md5 in md5s.items():  # a batch is a pickle, which can run anything: only the published ones are opened
+        if hashlib.md5(raw.get(name, b""), usedforsecurity=False).hexdigest() != md5:
+            wrong = "is not the published file" if name in raw else "is missing"
+            raise ValueError(f"{name} {wrong} in {place}, so the data is not read: fetch {CIFAR10.url} again")
+        contents.append(pickle.loads(raw[name], encoding="latin1"))
+    images = np.concatenate([batch["data"] for batch in contents]).reshape(-1, 3, 32, 32)  # (N, C, H, W)
+    return images, np.concatenate([batch["labels"] for batch in contents]).astype(np.int64)
 
 
 class Dataset(NamedTuple):
@@ -148,14 +279,90 @@ class Dataset(NamedTuple):
 DATASETS = {
     "digits": Dataset(_digits, image_size=8, channels=1, flip=False),  # a mirrored digit is not a digit
     "folder": Dataset(_folder, image_size=64, channels=3, flip=True),
+    "celeba": Dataset(_celeba, image_size=64, channels=3, flip=True),
+    "lsun_bedroom": Dataset(partial(_lsun, "lsun_bedroom", "bedroom"), image_size=256, channels=3, flip=True),
+    "lsun_church": Dataset(partial(_lsun, "lsun_church", "church_outdoor"), image_size=256, channels=3, flip=True),
+    "cifar10": Dataset(_cifar10, image_size=32, channels=3, flip=True),
 }
+
+
+def _say(text: str):
+    tqdm.write(text, sys.stderr)  # tqdm's, so that progress bars stay whole
+
+
+def _check_shape(image_size: int, channels: int):
+    if image_size < 1:
+        raise ValueError(f"the image size must be at least 1 pixel, got {image_size}")
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 channel (gray) or 3 (RGB), not {channels}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of images
 
 
-def _image_files(folder: Path) -> list[str]:
+class Source(NamedTuple):
+    """Encoded images, wherever they lie."""
+
+    name: str
+    items: Sequence  # what `read` takes, one per image, in order
+    read: Callable  # item -> path or binary file
+    stamps: Any  # its repr changes when the files change
+    labels: list[int] | None
+
+
+def _stamp(file: Path | os.DirEntry) -> tuple[str, int, int]:
+    stat = file.stat()
+    return os.fspath(file), stat.st_size, stat.st_mtime_ns
+
+
+def _official_folder(data: str | os.PathLike | None, *names: str) -> Path:
+    """Where to look for official files: `data`, or around it if it is itself one of the folders `names`."""
+    if data is None:
+        return Path(ROOT).resolve()
+    folder = Path(data).resolve()
+    return folder.parent if folder.name in names else folder
+
+
+def _download(file: Path, fetch: Callable, needed: str):
+    """`fetch(root=folder)` must put file.name into that folder and check it; only then does `file` appear.
+
+    Raises:
+        OSError: it failed; the message says what is `needed` from where, and where it goes.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".downloading-") as folder:
+            fetch(root=folder)
+            (Path(folder) / file.name).replace(file)
+    except Exception as error:  # network libraries raise almost anything, and a user can do the same about all of it
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise OSError(
+            f"{file.name} cannot be downloaded ({reason}). Fetch {needed} and put it into {file.parent}, or into any "
+            "folder and name that with --data"
+        ) from error
+
+
+def _open_zip(file: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{file} is damaged, fetch it again: {error}") from error
+
+
+@lru_cache  # a process may open an lmdb only once
+def _open_lmdb(folder: Path):
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError("LSUN needs the library lmdb: pip install lmdb") from error
+    try:  # no lock file, so that the folder may be read-only; no readahead, for the order of reading is random
+        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{folder} cannot be opened as an lmdb: {error}") from error
+
+
+def _image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
     """The images below `folder`: sorted relative names with forward slashes. Hidden files and folders are left out."""
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder {folder}; data must name a folder of images")
@@ -171,15 +378,15 @@ def _image_files(folder: Path) -> list[str]:
         images = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
         files += [(Path(root) / name).relative_to(folder).as_posix() for name in images]
     if not files:
-        raise ValueError(f"no images in {folder} or below it; looked for {', '.join(SUFFIXES)}")
+        raise ValueError(f"no images in {folder} or below it; looked for {', '.join([*wanted, *SUFFIXES])}")
     return sorted(files)
 
 
-def _decode(file: Path, image_size: int, channels: int) -> np.ndarray:
+def _decode(file: Path | io.BytesIO, image_size: int, channels: int, face: tuple | None = None) -> np.ndarray:
     """One image as (C, image_size, image_size) uint8.
 
     Upright by its EXIF tag, transparency over white, short side resized to `image_size` (bilinear, antialiased: the
-    published LSUN recipe), centre-cropped.
+    published LSUN recipe), centre-cropped. An image of CelebA's size is first cut to `face`, a box in pixels.
     """
     from PIL import Image, ImageOps
     from torchvision.transforms import functional as TF
@@ -195,9 +402,72 @@ def _decode(file: Path, image_size: int, channels: int) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
+        if face and image.size == CELEBA_IMAGE:
+            image = image.crop(face)
         image = TF.center_crop(TF.resize(image, image_size, TF.InterpolationMode.BILINEAR), image_size)
         pixels = np.asarray(image).reshape(image_size, image_size, channels)  # (H, W, C)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
+
+
+def _decoded(source: Source, image_size: int, channels: int, cache: Path, face: tuple | None = None):
+    """The pixels and labels of a source: from the cache, or decoded whenever they are indexed if they are too many."""
+    if not source.items:
+        raise ValueError(f"{source.name} holds no images")
+    shape = (channels, image_size, image_size)
+    decode = lambda item: _decode(source.read(item), image_size, channels, face)  # noqa: E731
+    size = len(source.items) * math.prod(shape)
+    if size > MAX_CACHE:
+        _say(f"{source.name}: decoded it would take {size / 1e9:.0f} GB, so images are decoded whenever they are used")
+        labels = source.labels and np.asarray(source.labels, dtype=np.int64)
+        return OnTheFly(source.items, labels, decode, shape), labels
+    key = repr((RECIPE, face, source.stamps, source.items))
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    entry = cache / f"{source.name}-{image_size}x{image_size}x{channels}-{digest}"
+    return decode_once(entry, source.items, source.labels, decode, shape)
+
+
+class OnTheFly:
+    """Images (N, C, H, W) uint8 that a pool of threads decodes whenever they are indexed, as one indexes an array.
+
+    In the place of one that `decode(item)` cannot decode comes the next of the same label, and it is named on stderr.
+    """
+
+    def __init__(self, items: Sequence, labels: np.ndarray | None, decode: Callable, shape: tuple[int, int, int]):
+        self.items, self.labels, self.decode, self.shape = items, labels, decode, (len(items), *shape)
+        self.dtype = np.dtype(np.uint8)
+        self.rows, self.unreadable = np.arange(len(items)), {}
+        self.pool, self.lock = ThreadPoolExecutor(), threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Images (B, C, H, W) of a slice, an integer or a boolean array; one image (C, H, W) of an integer.
+
+        Raises:
+            ValueError: more than 1 % of all images turned out to be unreadable.
+        """
+        rows = self.rows[index]
+        if rows.ndim == 0:
+            return self._image(int(rows))
+        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for i, image in enumerate(self.pool.map(self._image, rows.tolist())):
+            images[i] = image
+        return images
+
+    def _image(self, i: int) -> np.ndarray:
+        for j in itertools.chain(range(i, len(self)), range(i)):
+            if j in self.unreadable or (self.labels is not None and self.labels[j] != self.labels[i]):
+                continue
+            try:
+                return self.decode(self.items[j])
+            except Exception as error:  # as in _build
+                with self.lock:
+                    self.unreadable[j] = f"{self.items[j]}: {error!r}"
+                    if len(self.unreadable) > MAX_CORRUPT * len(self):
+                        raise _too_many(list(self.unreadable.values()), len(self)) from error
+                _say(f"{self.unreadable[j]}: unreadable, the next image takes its place")
+        raise ValueError(f"no image of the label of {self.items[i]} can be read")
 
 
 def decode_once(
@@ -211,9 +481,16 @@ def decode_once(
 
     Raises:
         ValueError: more than 1 % of the items cannot be decoded.
+        OSError: the disk has no room for all images.
     """
     if not entry.exists():
         entry.parent.mkdir(parents=True, exist_ok=True)
+        size, free = len(items) * math.prod(shape), shutil.disk_usage(entry.parent).free
+        if size > free:
+            raise OSError(
+                f"decoded images of {entry.name} take {size / 1e9:.1f} GB and {entry.parent} has room for "
+                f"{free / 1e9:.1f} GB: make room, or make that folder a link to a larger disk"
+            )
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".building-") as building:
             whole = Path(building) / "entry"
             whole.mkdir()
@@ -226,9 +503,7 @@ def decode_once(
     skipped = entry / "skipped.txt"
     if skipped.exists():
         names = skipped.read_text("utf-8", "surrogateescape").splitlines()
-        tqdm.write(
-            f"{len(names)} of {len(items)} images are unreadable and left out: {names[0]} ... see {skipped}", sys.stderr
-        )
+        _say(f"{len(names)} of {len(items)} images are unreadable and left out: {names[0]} ... see {skipped}")
     images = np.load(entry / "images.npy", mmap_mode="r")
     return images, np.load(entry / "labels.npy") if labels is not None else None
 
@@ -261,14 +536,18 @@ def _build(entry: Path, name: str, items: Sequence, labels: Sequence[int] | None
         _npy_header(file, (len(kept), *shape))
     lines = [f"{item}: {error!r}" for item, error in failed]
     if len(failed) > MAX_CORRUPT * len(items):
-        raise ValueError(
-            f"{len(failed)} of {len(items)} images cannot be read, more than {MAX_CORRUPT:.0%}; remove or repair them. "
-            f"The first are {'; '.join(lines[:3])}"
-        ) from failed[0][1]
+        raise _too_many(lines, len(items)) from failed[0][1]
     if failed:
         (entry / "skipped.txt").write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
     if labels is not None:
         np.save(entry / "labels.npy", np.asarray(labels, dtype=np.int64)[kept])
+
+
+def _too_many(lines: list[str], n: int) -> ValueError:
+    return ValueError(
+        f"{len(lines)} of {n} images cannot be read, more than {MAX_CORRUPT:.0%}; remove or repair them. "
+        f"The first are {'; '.join(lines[:3])}"
+    )
 
 
 def _npy_header(file, shape: tuple[int, ...]):
@@ -302,6 +581,46 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batches(
+    images: Images,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    *,
+    rows: slice = slice(None),
+    workers: int = 2,
+    pin: bool | None = None,
+) -> Iterator[Tensor]:
+    """The pixels of steps start, start + 1, ... without end, fetched by threads a few steps ahead.
+
+    Args:
+        batch: images per step, over all ranks.
+        rows: the part of a batch that this rank sees.
+        workers: threads that fetch, and half the number of batches that wait in memory.
+        pin: in page-locked memory, so that `.to(device, non_blocking=True)` overlaps; None: if there is a GPU.
+
+    Yields:
+        images.images[batch_indices(len(images.images), batch, step, seed)[rows]], a tensor (B, C, H, W) uint8.
+
+    Raises:
+        what indexing the images raises, at the step that it concerns. Closing the generator stops the threads.
+    """
+    pin = torch.cuda.is_available() if pin is None else pin
+
+    def fetch(step: int) -> Tensor:
+        pixels = torch.from_numpy(images.images[batch_indices(len(images.images), batch, step, seed)[rows]])
+        return pixels.pin_memory() if pin else pixels
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = deque(pool.submit(fetch, step) for step in range(start, start + 2 * workers))
+        for step in itertools.count(start + 2 * workers):
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(fetch, step))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def to_float(images: np.ndarray | Tensor) -> Tensor:

@@ -1,8 +1,19 @@
-"""The data: real image files of many kinds, the cache of decoded images, the digits, and the order of batches."""
+"""The data: real image files of many kinds, the cache of decoded images, the digits, small files in the formats of the
+published sets, and the order of batches."""
 
+import hashlib
 import io
 import os
+import pickle
+import shutil
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +21,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import CIFAR10, utils
 
 import data
-from data import DATASETS, batch_indices, load, random_flip, to_float, to_uint8
+from data import DATASETS, Images, OnTheFly, batch_indices, batches, load, random_flip, to_float, to_uint8
 
 RNG = np.random.default_rng(0)
 
@@ -237,6 +249,389 @@ def test_many_corrupt_images_are_an_error(folder, read, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_full_disk_is_noticed_before_decoding(folder, read, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    no_decoding(monkeypatch)
+    with pytest.raises(OSError, match=r"pictures.* 0\.0 GB .*make room"):
+        read(folder)
+
+
+# Published data sets: small files in their formats
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, and no way out of it: a download is an error unless a test replaces it."""
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network\n\nin a test")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("download_url", "download_file_from_google_drive"):
+        monkeypatch.setattr(utils, name, offline)
+    return tmp_path
+
+
+CELEBA_SPLITS = [0, 1, 2, 0, 0, 2]  # of the images 000001.jpg, 000002.jpg, ...
+
+
+def celeba(home, partition="list_eval_partition.txt", pictures="img_align_celeba"):
+    """Six images of CelebA's size, image i gray of 40 i where the face is and noise elsewhere."""
+    (home / pictures).mkdir(parents=True)
+    for i in range(6):
+        image = picture(218, 178)
+        image.paste((40 * i,) * 3, (25, 57, 153, 185))
+        image.save(home / pictures / f"{i + 1:06}.jpg", quality=100, subsampling=0)
+    lines = [f"{i + 1:06}.jpg {number}" for i, number in enumerate(CELEBA_SPLITS)]
+    if partition.endswith(".csv"):
+        lines = ["image_id,partition"] + [line.replace(" ", ",") for line in lines]
+    (home / partition).write_text("\n".join(lines) + "\n")
+    return home
+
+
+def grays(images):
+    """The gray of each image, after a look that it has but one: ringing of JPEG at the edges is below 8 of 255."""
+    assert np.ptp(images.astype(int).reshape(len(images), -1), axis=1).max() < 16
+    return [round(float(mean) / 40) for mean in images.mean((1, 2, 3))]
+
+
+def test_celeba_is_cut_to_the_face_and_split_by_its_partition(here, capsys):
+    celeba(here / "files")
+    for split, members in {"train": [0, 3, 4], "test": [2, 5], "all": [0, 1, 2, 3, 4, 5]}.items():
+        images, labels, _, flip = load("celeba", here / "files", split=split)
+        assert images.shape == (len(members), 3, 64, 64)
+        assert isinstance(images, np.memmap)
+        assert grays(images) == members
+        assert labels is None
+        assert flip
+        message = capsys.readouterr().err.splitlines()
+        assert any(
+            "img_align_celeba and list_eval_partition.txt" in line and f"{split} split" in line for line in message
+        )
+
+
+def test_celeba_crop_pixel_by_pixel(here):
+    files = celeba(here / "files")
+    picture(218, 178).save(files / "img_align_celeba" / "000004.jpg", quality=100)
+    with Image.open(files / "img_align_celeba" / "000004.jpg") as image:
+        pixels = np.asarray(image)[57:185, 25:153]  # (128, 128, 3)
+    expected = np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(load("celeba", files).images[1], expected)
+    np.testing.assert_array_equal(load("celeba", files, image_size=128).images[1], pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "the folder itself", "zip", "torchvision zip", "kaggle"])
+def test_celeba_in_the_ways_people_have_it(here, layout):
+    home = here / "files" / ("celeba" if "torchvision" in layout else "")
+    nested = "img_align_celeba/img_align_celeba" if layout == "kaggle" else "img_align_celeba"
+    celeba(home, "list_eval_partition.csv" if layout == "kaggle" else "list_eval_partition.txt", nested)
+    if "zip" in layout:
+        shutil.make_archive(str(home / "img_align_celeba"), "zip", home, "img_align_celeba")
+        shutil.rmtree(home / "img_align_celeba")
+    given = home / "img_align_celeba" if layout == "the folder itself" else here / "files"
+    assert grays(load("celeba", given).images) == [0, 3, 4]
+
+
+def test_celeba_without_its_partition(here):
+    (celeba(here / "files") / "list_eval_partition.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"list_eval_partition.txt is missing in .*files; .* https://"):
+        load("celeba", here / "files")
+    (here / "files" / "list_eval_partition.txt").write_text("000001.jpg\n")
+    with pytest.raises(ValueError, match="names no image of the train split"):
+        load("celeba", here / "files")
+
+
+def test_celeba_changed_is_decoded_again(here):
+    files = celeba(here / "files")
+    load("celeba", files)
+    shutil.copyfile(files / "img_align_celeba" / "000002.jpg", files / "img_align_celeba" / "000001.jpg")
+    assert grays(load("celeba", files).images) == [1, 3, 4]
+
+
+def test_a_damaged_zip(here):
+    files = celeba(here / "files")
+    shutil.rmtree(files / "img_align_celeba")
+    (files / "img_align_celeba.zip").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"img_align_celeba.zip is damaged"):
+        load("celeba", files)
+
+
+def test_any_folder_of_images_may_stand_for_a_set(here, capsys):
+    root = here / "mine"
+    (root / "cats").mkdir(parents=True)
+    image = picture(218, 178)
+    image.paste((120, 120, 120), (25, 57, 153, 185))
+    image.save(root / "cats" / "aligned.png")
+    picture(100, 300, color=(200, 200, 200)).save(root / "cats" / "other.png")
+    for name, size in {"celeba": 64, "cifar10": 32, "lsun_church": 256}.items():
+        images, labels, *_ = load(name, root)
+        assert images.shape == (2, 3, size, size)
+        assert (images[1] == 200).all()
+        assert (images[0] == 120).all() == (name == "celeba")
+        assert labels.tolist() == [0, 0]
+        assert f"{name}: no " in (message := capsys.readouterr().err)
+        assert "its 2 images are taken as a plain folder" in message
+        with pytest.raises(ValueError, match="no test split"):
+            load(name, root, split="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("celeba", "img_align_celeba.zip, img_align_celeba/"),
+        ("lsun_bedroom", "bedroom_train_lmdb/ .unzipped."),
+        ("cifar10", "cifar-10-batches-py/, cifar-10-python.tar.gz"),
+    ],
+)
+def test_a_folder_with_nothing_known_in_it(here, name, wanted):
+    (here / "files").mkdir()
+    (here / "files" / "bedroom_train_lmdb.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"no images in .*files or below it; looked for {wanted}, .png"):
+        load(name, here / "files")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(name, here / "nowhere")
+    assert not (here / "runs").exists()
+    assert not (here / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "celeba",
+            r"img_align_celeba.zip cannot be downloaded \(URLError: .*no network in a test.*\). "
+            r"Fetch img_align_celeba.zip and list_eval_partition.txt from https://.* into .*data/celeba, .* --data",
+        ),
+        (
+            "cifar10",
+            r"cifar-10-python.tar.gz cannot be .* Fetch it from https://.*tar.gz and put it into .*data, .* --data",
+        ),
+        ("lsun_bedroom", r"not downloaded automatically.*/bedroom_train_lmdb.zip, unzip it in .*data, .* --data"),
+        ("lsun_church", r"/church_outdoor_train_lmdb.zip"),
+    ],
+)
+def test_a_failing_download_says_what_to_put_where(here, name, message):
+    for _ in range(2):  # nothing is left behind that a second attempt could take for the data
+        with pytest.raises(OSError, match=message) as error:
+            load(name)
+        assert "\n" not in str(error.value)
+    assert [path for path in here.rglob("*") if path.is_file()] == []
+
+
+def test_celeba_is_downloaded_once_in_the_layout_of_torchvision(here, monkeypatch):
+    source = celeba(here / "source")
+    shutil.make_archive(str(source / "img_align_celeba"), "zip", source, "img_align_celeba")
+    calls = []
+
+    def drive(file_id, root, filename, md5):
+        calls.append(filename)
+        assert len(md5) == 32
+        if len(calls) == 2:
+            (Path(root) / filename).write_text("000001.jpg")
+            raise RuntimeError("File not found or corrupted.")
+        shutil.copy(source / filename, root)
+
+    monkeypatch.setattr(utils, "download_file_from_google_drive", drive)
+    with pytest.raises(OSError, match=r"list_eval_partition.txt cannot be downloaded"):
+        load("celeba")
+    assert grays(load("celeba").images) == [0, 3, 4]
+    assert grays(load("celeba", "data", split="test").images) == [2, 5]
+    assert calls == ["img_align_celeba.zip", "list_eval_partition.txt", "list_eval_partition.txt"]
+    assert len(list((here / "data" / "celeba").iterdir())) == 2
+
+
+# LSUN
+
+
+def lmdb_of(folder, values):
+    lmdb = pytest.importorskip("lmdb")
+    folder.parent.mkdir(exist_ok=True, parents=True)
+    with lmdb.open(str(folder), map_size=1 << 24) as database, database.begin(write=True) as transaction:
+        for key, value in values.items():
+            transaction.put(key, value)
+
+
+@pytest.fixture
+def lsun(here):
+    """200 small images in the order of their keys, as WebP and as JPEG; the one numbered 21 is cut short."""
+    values = {}
+    for i in range(200):
+        kind = {"kind": "WEBP", "lossless": True} if i % 2 else {"kind": "JPEG"}
+        values[f"{i:05x}".encode()] = encoded(picture(8, 16, color=(i, i, i)), **kind)
+    values[b"00015"] = values[b"00015"][:30]
+    lmdb_of(here / "files" / "bedroom_train_lmdb", values)
+    lmdb_of(here / "files" / "bedroom_val_lmdb", {b"a": encoded(picture(256, 300, color=(7, 7, 7)), "WEBP")})
+    return here / "files"
+
+
+def test_lsun_from_its_lmdb(lsun, capsys):
+    images, labels, name, flip = load("lsun_bedroom", lsun, image_size=8)
+    assert images.shape == (199, 3, 8, 8)
+    assert images[:, 0, 4, 4].tolist() == [i for i in range(200) if i != 21]
+    assert (labels, name, flip) == (None, "lsun_bedroom", True)
+    recognised, *_, skipped = capsys.readouterr().err.splitlines()
+    assert "200 images in the lmdb" in recognised
+    assert "1 of 200 images are unreadable" in skipped
+    assert "00015" in skipped
+    assert load("lsun_bedroom", lsun / "bedroom_train_lmdb", image_size=8).images.shape == (199, 3, 8, 8)
+    assert load("lsun_bedroom", lsun, split="test").images.shape == (1, 3, 256, 256)
+    (lsun / "bedroom_val_lmdb").rename(lsun / "church_outdoor_train_lmdb")
+    shutil.copytree(lsun / "church_outdoor_train_lmdb", lsun / "data" / "church_outdoor_train_lmdb")
+    os.chdir(lsun)
+    assert (load("lsun_church").images == 7).all()
+    assert (load("lsun_church", lsun / "data" / "church_outdoor_train_lmdb").images == 7).all()
+    with pytest.raises(ValueError, match="'train' or 'test'"):
+        load("lsun_church", split="all")
+    assert not list(lsun.glob("_cache*"))
+
+
+def test_a_set_too_large_to_keep_is_decoded_when_it_is_indexed(lsun, here, monkeypatch, capsys):
+    monkeypatch.setattr(data, "MAX_CACHE", 1000)
+    images, labels, *_ = load("lsun_bedroom", lsun, image_size=8)
+    assert isinstance(images, OnTheFly)
+    assert labels is None
+    assert (len(images), images.shape, images.dtype) == (200, (200, 3, 8, 8), np.uint8)
+    assert "decoded whenever they are used" in capsys.readouterr().err
+    assert images[np.array([5, 199, 5])][:, 0, 0, 0].tolist() == [5, 199, 5]
+    assert images[-2:].shape == (2, 3, 8, 8)
+    assert images[:0].shape == (0, 3, 8, 8)
+    assert images[np.int64(7)].shape == (3, 8, 8)
+    assert images[7].dtype == np.uint8
+    with pytest.raises(IndexError):
+        images[200]
+    for _ in range(2):
+        assert images[[20, 21, 22]][:, 0, 4, 4].tolist() == [20, 22, 22]  # the next one in the place of a broken one
+    message = capsys.readouterr().err
+    assert message.count("unreadable") == 1
+    assert "00015" in message
+    assert not (here / "runs").exists()
+
+
+def test_the_substitute_of_an_unreadable_image_has_its_label(here, monkeypatch):
+    def decode(item):
+        if item in "cf":
+            raise OSError("broken")
+        return np.full((1, 1, 1), ord(item), np.uint8)
+
+    monkeypatch.setattr(data, "MAX_CORRUPT", 0.4)
+    images = OnTheFly("abcdef", np.array([0, 0, 0, 1, 1, 2]), decode, (1, 1, 1))
+    assert bytes(images[:5].flatten()) == b"abade"
+    with pytest.raises(ValueError, match="no image of the label of f"):
+        images[5]
+
+
+@pytest.mark.parametrize("limit", [1000, 10**9])
+def test_many_corrupt_images_in_an_lmdb_are_an_error(here, monkeypatch, limit):
+    monkeypatch.setattr(data, "MAX_CACHE", limit)
+    lmdb_of(here / "bedroom_train_lmdb", {bytes([65 + i]): b"no image" for i in range(3)})
+    with pytest.raises(ValueError, match=r"of 3 images cannot be read.*'A'"):
+        _ = load("lsun_bedroom", here).images[:]
+
+
+def test_broken_and_empty_lmdbs(here):
+    lmdb_of(here / "bedroom_train_lmdb", {})
+    with pytest.raises(ValueError, match="holds no images"):
+        load("lsun_bedroom", here)
+    (here / "church_outdoor_train_lmdb").mkdir()
+    (here / "church_outdoor_train_lmdb" / "data.mdb").write_bytes(b"x" * 9000)
+    with pytest.raises(ValueError, match="church_outdoor_train_lmdb cannot be opened as an lmdb"):
+        load("lsun_church", here)
+
+
+def test_lsun_without_the_library(lsun, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ImportError, match="pip install lmdb"):
+        load("lsun_bedroom", lsun)
+
+
+# CIFAR-10
+
+
+@pytest.fixture
+def cifar(here, monkeypatch):
+    """The official files with 4 images a batch; image i of the 24 has the colour (i, 100, 200) and the class i % 10."""
+    folder = here / "files" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    md5s = {}
+    for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
+        part = range(4 * number, 4 * number + 4)
+        rows = [np.repeat(np.array([i, 100, 200], np.uint8), 1024) for i in part]
+        batch = {"batch_label": f"batch {number}", "labels": [i % 10 for i in part], "data": np.stack(rows)}
+        (folder / name).write_bytes(pickle.dumps(batch | {"filenames": [f"{i}.png" for i in part]}, protocol=2))
+        md5s[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    with tarfile.open(folder.parent / CIFAR10.filename, "w:gz") as archive:
+        archive.add(folder, CIFAR10.base_folder)
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, part, [[name, md5s[name]] for name, _ in getattr(CIFAR10, part)])
+    md5 = hashlib.md5((folder.parent / CIFAR10.filename).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5)
+    return folder
+
+
+def check_cifar(given=None):
+    for split, members in {"train": range(20), "test": range(20, 24), "all": range(24)}.items():
+        images, labels, _, flip = load("cifar10", given, split=split)
+        assert images.shape == (len(members), 3, 32, 32)
+        assert (images.dtype, labels.dtype, flip) == (np.uint8, np.int64, True)
+        assert (images == np.stack([np.reshape([i, 100, 200], (3, 1, 1)) for i in members])).all()
+        assert labels.tolist() == [i % 10 for i in members]
+
+
+def test_cifar_from_its_batches_packed_or_not(cifar, here, capsys):
+    check_cifar(cifar.parent)
+    check_cifar(cifar)
+    assert "cifar10: the official batches in" in capsys.readouterr().err
+    shutil.rmtree(cifar)
+    check_cifar(cifar.parent)
+    assert not cifar.exists()  # it is read as it is packed
+    with pytest.raises(ValueError, match="3 channels at image size 32, not 3 at 64"):
+        load("cifar10", cifar.parent, image_size=64)
+
+
+def test_cifar_is_downloaded_once(cifar, here, monkeypatch):
+    calls = []
+
+    def download(url, root, filename, md5):
+        calls.append((url, md5))
+        shutil.copy(cifar.parent / filename, root)
+
+    monkeypatch.setattr(utils, "download_url", download)
+    check_cifar()
+    assert calls == [(CIFAR10.url, CIFAR10.tgz_md5)]
+
+
+class Trap:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_batch_that_is_not_the_published_one_is_never_opened(cifar, here):
+    (cifar / "data_batch_2").write_bytes(pickle.dumps(Trap(here / "sprung")))
+    pickle.loads((cifar / "data_batch_2").read_bytes())
+    assert (here / "sprung").exists()  # the trap works
+    (here / "sprung").unlink()
+    with pytest.raises(ValueError, match=r"data_batch_2 is not the published file .*fetch https"):
+        load("cifar10", cifar)
+    assert not (here / "sprung").exists()
+    (cifar / "data_batch_2").unlink()
+    with pytest.raises(ValueError, match="data_batch_2 is missing"):
+        load("cifar10", cifar)
+    shutil.rmtree(cifar)
+    packed = cifar.parent / CIFAR10.filename
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not the published file or is damaged"):
+        load("cifar10", cifar.parent)
+
+
 # Bad arguments
 
 
@@ -254,6 +649,9 @@ def test_many_corrupt_images_are_an_error(folder, read, tmp_path):
         ({"name": "folder", "data": ".", "split": "test"}, "no test split"),
         ({"name": "folder", "data": ".", "image_size": 0}, "image size"),
         ({"name": "folder", "data": ".", "channels": 4}, "not 4"),
+        ({"name": "celeba", "data": ".", "channels": 4}, "not 4"),
+        ({"name": "lsun_church", "data": ".", "image_size": 0}, "image size"),
+        ({"name": "lsun_kitchen"}, "lsun_church"),
     ],
 )
 def test_bad_arguments_are_one_clear_sentence_and_write_nothing(arguments, message, tmp_path):
@@ -277,7 +675,7 @@ def test_folders_without_images(tmp_path, read):
 
 
 def test_every_data_set_can_be_listed():
-    assert list(DATASETS) == ["digits", "folder"]
+    assert list(DATASETS) == ["digits", "folder", "celeba", "lsun_bedroom", "lsun_church", "cifar10"]
     assert all(dataset.image_size and dataset.channels for dataset in DATASETS.values())
 
 
@@ -315,6 +713,75 @@ def test_epochs_and_seeds_differ():
 def test_bad_batches(arguments):
     with pytest.raises(ValueError, match="batch_indices needs"):
         batch_indices(*arguments)
+
+
+def threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")}
+
+
+def test_prefetched_batches_are_the_batches(folder, read):
+    images = read(folder)
+    before = threads()
+    stream = batches(images, 4, seed=3, start=2, rows=slice(1, 3), pin=False)
+    for step in range(2, 12):
+        pixels = next(stream)
+        assert pixels.dtype == torch.uint8
+        expected = images.images[batch_indices(6, 4, step, 3)[1:3]]
+        np.testing.assert_array_equal(pixels, expected)
+        pixels.zero_()  # a copy, which is the reader's own
+    assert threads() - before
+    stream.close()
+    assert not threads() - before
+
+
+def test_prefetching_from_an_lmdb_keeps_the_order(lsun, monkeypatch):
+    monkeypatch.setattr(data, "MAX_CACHE", 1000)
+    images = load("lsun_bedroom", lsun, image_size=8)
+    stream = batches(images, 16, seed=0, workers=4)
+    for step in range(30):
+        np.testing.assert_array_equal(next(stream), images.images[batch_indices(200, 16, step, 0)])
+    stream.close()
+
+
+class Slow:
+    """Keeps what it was asked for; one batch fails."""
+
+    def __init__(self, failing=None):
+        self.asked, self.failing = [], failing
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        if len(self.asked) == self.failing:
+            raise OSError("the disk is gone")
+        time.sleep(0.001)
+        return np.zeros((len(index), 1, 2, 2), np.uint8)
+
+
+def test_an_error_of_a_prefetched_batch_comes_when_that_batch_is_due():
+    source, before = Slow(failing=3), threads()
+    stream = batches(Images(source, None, "slow", False), 2, seed=0, workers=1, pin=False)
+    assert next(stream).shape == next(stream).shape == (2, 1, 2, 2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert not threads() - before
+    with pytest.raises(ValueError, match="batch_indices needs"):
+        next(batches(Images(source, None, "slow", False), 0, seed=0))
+
+
+def test_prefetching_is_a_few_batches_ahead_and_no_more():
+    source = Slow()
+    stream = batches(Images(source, None, "slow", False), 2, seed=0, workers=2, pin=False)
+    next(stream)
+    deadline = time.monotonic() + 10
+    while len(source.asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(source.asked) == 4
+    stream.close()
+    assert len(source.asked) == 4
 
 
 # Pixels
