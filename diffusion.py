@@ -116,7 +116,7 @@ class DDPM:
         *,
         eta: float = 0.0,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Tensor:
         """Draws samples by DDIM (eq. 12), from pure noise to an image, with `steps` evaluations of the network.
@@ -128,6 +128,7 @@ class DDPM:
             eta: 0 is deterministic given the starting noise, 1 as noisy as ancestral DDPM sampling.
             noise: the starting point, of `shape`; the same for several networks makes their samples comparable.
             generator: source of the starting noise and, with eta > 0, of each step's; a CPU one serves any device.
+                A list of them, one per sample, makes a sample independent of its batch.
             progress: wraps the loop over steps, for instance `tqdm`.
 
         Returns: x_0, `shape`, float32, as it comes out: nothing is clipped on the way and the result is not clamped.
@@ -154,7 +155,13 @@ class DDPM:
         return x
 
     def step(
-        self, x: Tensor, eps: Tensor, t: int, t_next: int, eta: float = 0.0, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: int,
+        t_next: int,
+        eta: float = 0.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """One DDIM step from timestep t to t_next < t, given the predicted noise eps; t_next = -1 is the clean image.
 
@@ -167,14 +174,19 @@ class DDPM:
         return x + sigma * _randn(x.shape, generator, x.device) if sigma > 0 else x
 
 
-def _randn(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _randn(
+    shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+) -> Tensor:
     """Normal noise on `device`, drawn where the generator lives, so that a CPU seed means the same on every machine."""
+    if isinstance(generator, Sequence):
+        return torch.stack([_randn(shape[1:], one, device) for one in generator])
     where = device if generator is None else generator.device
     return torch.randn(*shape, generator=generator, device=where).to(device)
 
 
-def _device_of(net: Net, source: Tensor | torch.Generator | None) -> torch.device:
+def _device_of(net: Net, source: Tensor | torch.Generator | Sequence[torch.Generator] | None) -> torch.device:
     """The device of a module's parameters; a plain function has none, then that of the noise or its generator."""
+    source = source[0] if isinstance(source, Sequence) else source
     parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     given = source if parameter is None else parameter
     return torch.device("cpu") if given is None else given.device

@@ -1,8 +1,11 @@
 """The numbers and the pictures: sampling, Frechet distance, precision and recall, sizes, the table, grids, curves.
 
     python evaluate.py RUN [RUN ...]      one table over finished runs: mean ± std over all students of a method
+    python evaluate.py RUN --num 50000 --dataset celeba    FID, KID, precision, recall of its students; the same
+                                          command resumes; RUN may also be the folder of a saved network
+    torchrun --nproc-per-node 8 -- evaluate.py RUN ...    shares the sampling; without -- torchrun trips over --num
 
-What is measured, and on what:
+What every run measures, and on what:
 
     frechet_pixels     Frechet distance of Gaussians fitted to the pixels in [-1, 1] (of 16x16 block means if larger)
     frechet_digits     the same on 64 features of a small digit classifier that is trained here; None for other data
@@ -12,29 +15,40 @@ What is measured, and on what:
     non_finite         number of generated images that hold a NaN or an infinity
 
 The first four see what a viewer sees, samples clamped to [-1, 1] and rounded to 8 bits; the last three see the raw
-output of the sampler. Nothing here compares with numbers from an Inception network, and a Frechet distance shrinks as
+output of the sampler. None of these compares with numbers from an Inception network, and a Frechet distance shrinks as
 the number of images grows: compare within one table, against its floor (real images against real ones) and its teacher.
+Only `--num` looks through Inception, and only then, and from 10,000 samples on, is the word FID without an @ printed.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
+import pickle
 import platform
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
+from diffusion import DDPM
+from models import FILES, load
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
 FLOOR = "real, held out"  # the name of the row that sets real images against real ones
@@ -50,8 +64,35 @@ COLORS = {  # one per method, the same in every picture, apart for colour-blind 
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
 MAY_DIFFER = {"kd", "seeds", "out", "device", "log_every", "save_every"}  # settings of runs that share one table
 
+MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
+Extract = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, D)
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes
+# The machine, sizes
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and of all that torchrun started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device names; under torchrun the GPU of this process.
+
+    Raises:
+        ValueError: it does not exist on this machine.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    kind, _, index = name.partition(":")
+    there = {"cpu": not index, "mps": mps and not index, "cuda": cuda and int(index or 0) < torch.cuda.device_count()}
+    if not there.get(kind, False):
+        have = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"--device {name} is not on this machine: choose from auto, {', '.join(have)}")
+    return torch.device(name)
 
 
 def parameters(net: nn.Module) -> int:
@@ -103,50 +144,137 @@ def start_noise(n: int, shape: tuple[int, ...], seed: int, first: int = 0) -> Te
     return torch.from_numpy(noise)
 
 
-@torch.no_grad()
-def sample(
+def sample_batches(
     net: nn.Module,
     process,
-    n: int,
+    rows: Sequence[int],
     shape: tuple[int, int, int],
     *,
     seed: int,
     steps: int,
     eta: float = 0.0,
-    batch: int = 256,
+    batch: int | None = None,
     device: torch.device | str | None = None,
+    bf16: bool = False,
     progress: bool = True,
     label: str = "",
-) -> Tensor:
-    """n final samples (n, C, H, W), float32 on the CPU, in [-1, 1] units but NOT clamped; `shape` is (C, H, W).
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The images numbered `rows`, a batch at a time: (their numbers, samples (b, C, H, W) float32 where the net is).
 
-    Image i starts from `start_noise` of (seed, i): networks sampled with one seed can be compared image by image, and
-    `batch` changes an image by no more than the rounding of the network's arithmetic. With eta > 0 the noise on the way
-    is drawn for whole batches: there the images depend on `batch`.
+    Image i is a function of (seed, i), its start noise and with eta > 0 the noise on its way too; `batch` changes it by
+    no more than the rounding of the network's arithmetic. None: 256, and on CUDA twice as many each time, up to 2048,
+    past which nothing gets faster. A batch that does not fit in the memory of the GPU is halved, once and for all.
     The network is moved to `device` (default: stays where it is) and samples in eval mode; afterwards each of its
-    modules has the mode that it had.
+    modules has the mode that it had. bf16: under autocast.
     """
     net.to(device)
+    kind = next(net.parameters()).device.type
+    size, most = batch or 256, batch or (2048 if kind == "cuda" else 256)
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
-    bar = tqdm(total=n, desc=label or "sampling", unit="img", disable=not progress, leave=False)
-    images = torch.empty(n, *shape)
+    bar = tqdm(total=len(rows), desc=label or "sampling", unit="img", disable=not progress, leave=False)
+    done = 0
     try:
-        for first in range(0, n, batch):
-            noise = start_noise(min(batch, n - first), shape, seed, first)  # (b, C, H, W)
-            x = process.sample(net, noise.shape, steps, eta=eta, noise=noise, generator=generator)
-            images[first : first + len(x)] = x
-            bar.update(len(x))
+        while done < len(rows):
+            part, x = list(rows[done : done + size]), None
+            noise = torch.cat([start_noise(1, shape, seed, i) for i in part])  # (b, C, H, W)
+            # on the CPU, so that a seed means the same on every device
+            on_the_way = [torch.Generator().manual_seed(_mix(seed, i)) for i in part] if eta else None
+            try:
+                with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+                    x = process.sample(net, noise.shape, steps, eta=eta, noise=noise, generator=on_the_way)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            if x is None:  # here, for the except clause still holds the tensors of the batch that failed
+                torch.cuda.empty_cache()
+                size = most = len(part) // 2
+                continue
+            yield part, x
+            done += len(part)
+            bar.update(len(part))
+            size = min(2 * size, most)
     finally:
         bar.close()
         for module, training in modes:
             module.training = training
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers; near ones give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def sample(net: nn.Module, process, n: int, shape: tuple[int, int, int], **options) -> Tensor:
+    """n final samples (n, C, H, W), float32 on the CPU, in [-1, 1] units but NOT clamped; `shape` is (C, H, W).
+
+    options: those of `sample_batches`, seed and steps among them. Networks sampled with one seed can be compared image
+    by image, for they start from the same noise.
+    """
+    images = torch.empty(n, *shape)
+    for rows, x in sample_batches(net, process, range(n), shape, **options):
+        images[rows] = x.cpu()
     return images
 
 
+def open_samples(
+    folder: str | os.PathLike, net: nn.Module, n: int, shape: tuple[int, int, int], **settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Room for n samples of `net` in `folder`, new or as an earlier call left it: memory-mapped (images, done).
+
+    samples.npy (n, C, H, W) uint8; done.npy (n,) uint8, 0 for an image that is still to come, 1 for one that is there,
+    2 for one that was not finite; samples.json: the settings, what else the images depend on, as JSON takes it.
+    Several processes (torch.distributed) all have to call this.
+
+    Raises:
+        ValueError: the folder holds samples of other settings or weights.
+        OSError: they do not fit on the disk.
+    """
+    folder, (rank, world), weights = Path(folder), rank_and_world(), hashlib.sha256()
+    for tensor in net.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    about = {"n": n, "shape": list(shape), **settings, "weights": weights.hexdigest()[:16]}
+    record, files = folder / "samples.json", (folder / "samples.npy", folder / "done.npy")
+    if rank == 0 and not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        size, free = n * math.prod(shape), shutil.disk_usage(folder).free
+        if size > free:  # a write to a memory map on a full disk would kill the process without a word
+            raise OSError(f"{n} samples take {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB left")
+        for path, extent in zip(files, ((n, *shape), (n,)), strict=True):
+            np.lib.format.open_memmap(path, "w+", np.uint8, extent)
+        record.with_suffix(".part").write_text(json.dumps(about) + "\n")
+        os.replace(record.with_suffix(".part"), record)  # last: without it the files are not looked at
+    if world > 1:
+        dist.barrier()
+    former = json.loads(record.read_text())
+    changes = ", ".join(
+        f"{key} was {former.get(key)}, is {about[key]}" for key in about if former.get(key) != about[key]
+    )
+    if changes:
+        raise ValueError(f"{folder} holds other samples ({changes}): give the former settings or another --out")
+    images, done = (np.load(path, mmap_mode="r+") for path in files)
+    return images, done
+
+
+def fill(images: np.ndarray, done: np.ndarray, net: nn.Module, process, **options) -> None:
+    """Samples the images (n, C, H, W) that `open_samples` says are not done, as they are looked at: 8 bits, clamped.
+
+    Pixels that are no number become gray. Of several processes, number r of world fills the rows r, r + world, ...;
+    the call ends when all of them are done. options: of `sample_batches`.
+    """
+    rank, world = rank_and_world()
+    todo = [i for i in range(rank, len(done), world) if not done[i]]
+    for rows, x in sample_batches(net, process, todo, images.shape[1:], **options):
+        images[rows] = data.to_uint8(x.nan_to_num()).cpu().numpy()
+        images.flush()  # the image first, then the word that it is there
+        done[rows] = np.where(x.flatten(1).isfinite().all(1).cpu().numpy(), 1, 2)
+        done.flush()
+    if world > 1:
+        dist.barrier()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Extractors: uint8 images (N, C, H, W), a tensor or an array, -> features (N, D) float32
+# Extractors: uint8 images (N, C, H, W), a tensor or an array, -> features (N, D) float32. Inception takes batches only.
 
 
 def _pieces(images: Tensor | np.ndarray) -> Iterator[Tensor]:
@@ -232,6 +360,111 @@ def digit_classifier(image_size: int = 8, cache: str | os.PathLike = data.CACHE,
     return net
 
 
+class Inception:
+    """The features of FID: images (B, C, H, W) uint8, gray or colour -> (B, 2048) float32, resized as clean-fid does.
+
+    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: the paper's) or `legacy_tensorflow`.
+    network: (B, 3, 299, 299) floats 0 .. 255 on `device` -> features; None: clean-fid's, with the published weights.
+    """
+
+    def __init__(self, mode: str = "clean", device: torch.device | str = "cpu", network: Extract | None = None):
+        from cleanfid.resize import build_resizer
+
+        self.name, self.device, self.network = f"inception-{mode}", torch.device(device), network
+        self.pool, self.resizer = ThreadPoolExecutor(), build_resizer(mode)
+        if network is None:
+            self.network = self._published(mode)
+
+    def _published(self, mode: str) -> Extract:
+        from cleanfid.features import build_feature_extractor
+
+        path = inception_weights(mode)
+        try:
+            return build_feature_extractor(mode, self.device, use_dataparallel=False)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} cannot be loaded ({reason}): if it is damaged, put a good copy there") from error
+
+    def resize(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> (B, 3, 299, 299) float32, 0 .. 255; in legacy_tensorflow the network resizes."""
+        colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        resized = np.stack(list(self.pool.map(self.resizer, colour)))
+        return torch.from_numpy(resized).permute(0, 3, 1, 2).float()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(self.resize(images).to(self.device)).float().cpu()
+
+
+def inception_weights(mode: str) -> Path:
+    """The file of weights that clean-fid reads in this mode, downloaded (about 95 MB) if it is not there.
+
+    Raises:
+        FileNotFoundError: it cannot be downloaded; the sentence says which file belongs where.
+    """
+    from cleanfid.downloads_helper import inception_url
+    from cleanfid.inception_pytorch import FID_WEIGHTS_URL
+
+    if mode == "legacy_pytorch":
+        url, folder = FID_WEIGHTS_URL, Path(torch.hub.get_dir()) / "checkpoints"
+    else:  # clean-fid has this folder in its code
+        url, folder = inception_url, Path("." if platform.system() == "Windows" else "/tmp")
+    path = folder / url.rpartition("/")[2]
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path)  # renamed when whole
+        except OSError as error:
+            raise FileNotFoundError(
+                f"--mode {mode} needs the Inception weights {path}, and the download failed ({error}): "
+                f"get {url} and put it there"
+            ) from error
+    return path
+
+
+def extractor_name(extract: Extract) -> str:
+    """Its attribute `name`, or what the function is called: one name, one extractor, or the cache mixes them up."""
+    return getattr(extract, "name", None) or extract.__name__
+
+
+def features(extract: Extract, images: np.ndarray, rows: Sequence[int] | None = None, label: str = "") -> Tensor:
+    """extract(...) of images (N, C, H, W) uint8, or of the `rows` of them, a hundred at a time: (N, D) on the CPU."""
+    rows = np.arange(len(images)) if rows is None else np.asarray(rows)
+    found = []
+    with tqdm(total=len(rows), desc=label or "features", unit="img", leave=False) as bar:
+        for first in range(0, len(rows), 100):
+            found.append(extract(torch.from_numpy(images[rows[first : first + 100]])).cpu())
+            bar.update(len(found[-1]))
+    return torch.cat(found)
+
+
+def reference(
+    real: data.Images,
+    extract: Extract,
+    *,
+    count: int = 50_000,
+    split: str = "train",
+    cache: str | os.PathLike = data.CACHE,
+) -> Tensor:
+    """Features (N, D) float32 of N = min(count, all) images evenly spaced over `real`, computed once, kept in `cache`.
+
+    The file is named after data set, size, split, N and extractor (its `name`, or that of the function), and after a
+    hash of 64 of the images: another folder, crop or order is another file.
+    """
+    rows = np.linspace(0, len(real.images) - 1, min(count, len(real.images))).round().astype(int)
+    key = hashlib.sha256(real.images[rows[:: math.ceil(len(rows) / 64)]].tobytes()).hexdigest()[:8]
+    size = "x".join(map(str, real.images.shape[1:]))
+    path = Path(cache) / f"features-{real.name}-{size}-{split}-{len(rows)}-{extractor_name(extract)}-{key}.npy"
+    if not path.exists():
+        found = features(extract, real.images, rows, f"features of {real.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as file:  # renamed when whole: a kill leaves no half file
+            np.save(file, found.float().numpy())
+        os.replace(part, path)
+    return torch.from_numpy(np.load(path))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -280,6 +513,29 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 512) -
         real_inside.append((d < fake_radii).any(1))
         fake_inside |= (d < radius[:, None]).any(0)
     return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
+
+
+def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000) -> float:
+    """KID of features (N, D) and (M, D) as clean-fid has it (Bińkowski et al. 2018): polynomial kernel, mean over
+    random subsets. Always the same subsets; numpy's global random numbers stay as they were."""
+    from cleanfid.fid import kernel_distance as clean_fid
+
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        return clean_fid(real.numpy(), fake.numpy(), subsets, size)
+    finally:
+        np.random.set_state(state)
+
+
+def feature_scores(real: Tensor, fake: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
+    """frechet, kid, precision, recall (k = 5) of features (N, D) and (M, D), float32 on the CPU, N and M > 5.
+
+    On Inception features the first is FID. device: of the neighbour search; 50,000 images take minutes on a CPU.
+    """
+    precision, recall = precision_recall(real.to(device), fake.to(device))
+    scores = {"frechet": frechet(real, fake), "kid": kernel_distance(real, fake)}
+    return {**scores, "precision": precision, "recall": recall}
 
 
 def score(
@@ -390,6 +646,11 @@ def table(rows: list[dict]) -> str:
         line += [_mean_std([row[key] for row in group]) for key in SCORES[:-1]]
         line += [f"{size:,}", f"{100 * size / full:.2f}" if full else "-"] if size else ["-", "-"]
         lines.append([*line, _mean_std([row.get("seconds") for row in group])])
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Cells as a Markdown table, its head first; a column that is "-" in all lines is left out."""
     columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
     widths = [max(map(len, column)) for column in columns]
     text = []
@@ -398,6 +659,22 @@ def table(rows: list[dict]) -> str:
         text.append(f"| {' | '.join(cells)} |")
     text.insert(1, f"|:{'-' * widths[0]}-|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|")
     return "\n".join(text)
+
+
+def fid_table(rows: list[dict], extract: Extract) -> str:
+    """A line per network of name, n, frechet, kid, precision, recall, non_finite, parameters, macs, as in `table`.
+
+    The columns are called FID, FID@n below 10,000 samples, and KID if the features are Inception's; else Frechet, MMD.
+    """
+    names, n = ("Frechet", "MMD"), rows[0]["n"]
+    if isinstance(extract, Inception):
+        names = ("FID" if n >= 10_000 else f"FID@{n}", "KID")
+    lines = [["network", *names, "precision", "recall", "not finite", "params", "MACs"]]
+    for row in rows:
+        line = [row["name"], f"{row['frechet']:.2f}", f"{row['kid']:.5f}", f"{row['precision']:.3f}"]
+        line += [f"{row['recall']:.3f}", str(row["non_finite"] or "-")]
+        lines.append([*line, f"{row['parameters']:,}", f"{row['macs'] / 1e9:.3f} G"])
+    return _aligned(lines)
 
 
 def _mean_std(values: list[float | None]) -> str:
@@ -514,14 +791,147 @@ def curves(path: str | os.PathLike, log: str | os.PathLike | list[dict]) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The run card
+
+
+def card(folder: str | os.PathLike, metrics: dict) -> None:
+    """Writes folder/README.md about a run, or about a student in its own folder: what was done, on what, what came out.
+
+    With the front matter of the Hugging Face hub: a saved student and its card can be uploaded as they are. Pictures
+    are shown where they lie in `folder`. metrics: those of metrics.json.
+    """
+    folder, settings = Path(folder), metrics["settings"]
+    dataset, methods = f"{settings['dataset']} {settings['image_size']}x{settings['image_size']}", settings["kd"]
+    front = ["license: mit", "pipeline_tag: unconditional-image-generation", "tags:"]
+    front += [f"- {tag}" for tag in ("diffusion", "ddpm", "knowledge-distillation", "pruning", "pytorch")]
+    about, world, commit = f"`{shlex.join(['python', *sys.argv])}`", rank_and_world()[1], _commit()
+    about = [about + f" on {world} processes" * (world > 1), *[f"commit `{commit}`"] * bool(commit)]
+    about.append(", ".join(f"{name} {value}" for name, value in metrics["machine"].items()))
+    parts = [
+        "\n".join(["---", *front, "---"]),
+        f"# {dataset}, {settings['prune']:.0%} of the channels pruned, distilled with {', '.join(methods)}",
+        "Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729).",
+        "\n".join(f"- {line}" for line in about),
+        table(rows(metrics)),
+        metrics["protocol"],
+        *(f"![{name}]({name})" for name in ("samples.png", "curves.png") if (folder / name).exists()),
+    ]
+    if all((folder / name).exists() for name in FILES):
+        parts.append(f"```python\nimport models\n\nnet = models.load({folder.name!r})  # net(x_t, t) -> noise\n```")
+    parts += ["## Settings", f"```json\n{json.dumps(settings, indent=2)}\n```"]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "-dirty" if files were changed since; None where git does not know one."""
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists() or not shutil.which("git"):
+        return None
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip() or None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="One table over finished runs, mean ± std over students of a method.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run; its metrics.json is read")
+def main(arguments: list[str] | None = None, extract: Extract | None = None) -> int:
+    """The exit code: 0, or 2 and one sentence on stderr. extract: features in the place of Inception's."""
+    text = "One table over finished runs; with --num, FID and its relatives of their students."
+    parser = argparse.ArgumentParser("evaluate.py", description=text)
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run; with --num also a network's")
+    add("--num", type=int, help="sample so many images of each network and compare their features")
+    add("--dataset", choices=tuple(data.DATASETS), help="the real images, needed with --num")
+    add("--data", type=Path, help="where their files are")
+    add("--real", type=int, default=50_000, help="how many of them at most, evenly spaced [%(default)s]")
+    add("--mode", choices=MODES, default=MODES[0], help=f"as in clean-fid [%(default)s]; the paper: {MODES[1]}")
+    add("--seed", type=int, default=0, help="of the starting noise [%(default)s]")
+    add("--sample-steps", type=int, default=100, help="DDIM steps [%(default)s]")
+    add("--eta", type=float, default=0.0, help="DDIM eta, 0 deterministic .. 1 [%(default)s]")
+    add("--batch", type=int, help="images at a time [what fits on a GPU, 256 on a CPU]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
+    add("--out", type=Path, default=Path("runs/evaluation"), help="for samples and scores [%(default)s]")
+    options = parser.parse_args(arguments)
+    if options.num is None:
+        return join(options.runs)
+    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        # gloo, for nothing but waiting: for the slowest process, and for rank 0 to prepare the real images
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        try:
+            return measure(options, extract)
+        finally:
+            dist.destroy_process_group()
+    return measure(options, extract)
+
+
+def networks(path: Path) -> dict[str, Path]:
+    """The saved networks of a run (its student or students) or the one in this folder, as {name: folder}."""
+    name, students = path.resolve().name, sorted(file.parent for file in path.glob("student/**/config.json"))
+    return {f"{name}-{folder.name}" if len(students) > 1 else name: folder for folder in students or [path]}
+
+
+def measure(options: argparse.Namespace, extract: Extract | None) -> int:
+    """Samples the networks, on all processes; compares them with the real images and prints the table, on rank 0."""
+    rank = rank_and_world()[0]
+    try:  # all that can be wrong, before hours of sampling
+        for name, low in (("num", 6), ("real", 6), ("batch", 1), ("seed", 0)):
+            if (value := getattr(options, name)) is not None and value < low:
+                raise ValueError(f"--{name} {value} cannot be used, it must be at least {low}")
+        process, device = DDPM(), find_device(options.device)
+        process.timesteps(options.sample_steps)  # refuses numbers out of range
+        if not 0 <= options.eta <= 1:
+            raise ValueError(f"--eta {options.eta} cannot be used, it must be at least 0 and at most 1")
+        if options.dataset is None:
+            raise ValueError(f"--num needs --dataset, the real images: choose from {', '.join(data.DATASETS)}")
+        nets, shape = {}, None
+        for name, folder in (pair for path in options.runs for pair in networks(path).items()):
+            net = load(folder)
+            shape = shape or (net.config["in_channels"], *[net.config["image_size"]] * 2)
+            if name in nets or shape != (net.config["in_channels"], *[net.config["image_size"]] * 2):
+                raise ValueError(
+                    f"{folder} has the name or another image shape of one before: give it a call of its own"
+                )
+            nets[name] = net
+        if rank == 0:
+            extract = extract or Inception(options.mode, device)
+            real = data.load(options.dataset, options.data, image_size=shape[1], channels=shape[0])
+        settings = {"seed": options.seed, "steps": options.sample_steps, "eta": options.eta}
+        settings["bf16"] = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        room = {name: open_samples(options.out / name, nets[name], options.num, shape, **settings) for name in nets}
+    except (ValueError, OSError, ImportError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    for name, net in nets.items():
+        run = {"batch": options.batch, "device": device, "progress": rank == 0, "label": f"sampling {name}"}
+        fill(*room[name], net, process, **settings, **run)
+        net.cpu()
+    if rank > 0:
+        return 0
+    real_features, found = reference(real, extract, count=options.real), []
+    protocol = (
+        f"features {extractor_name(extract)}, precision and recall k=5; {len(real_features)} of {len(real.images)} "
+        f"images of {real.name} (train), {options.num} generated, stored in 8 bits; DDIM, "
+        f"{options.sample_steps} steps, eta {options.eta:g}; {'bf16' if settings['bf16'] else 'float32'}; "
+        f"seed {options.seed}"
+    )
+    search = device if device.type == "cuda" else "cpu"  # in float64, which mps lacks
+    for name, net in nets.items():
+        images, done = room[name]
+        fake = features(extract, images, label=f"features of {name}")
+        row = {"name": name, "n": options.num, **feature_scores(real_features, fake, search)}
+        row |= {"non_finite": int((done == 2).sum()), "parameters": parameters(net), "macs": macs(net)}
+        record = json.dumps({**row, "protocol": protocol, "machine": machine()}, indent=1)
+        (options.out / name / "scores.json").write_text(record + "\n")
+        found.append(row)
+    print(f"{fid_table(found, extract)}\n\n{protocol}")
+    return 0
+
+
+def join(runs: list[Path]) -> int:
+    """Prints one table over finished runs."""
     found, protocols, settings = [], Counter(), {}
-    for run in parser.parse_args(arguments).runs:
+    for run in runs:
         path = run / "metrics.json"
         try:
             metrics = json.loads(path.read_text("utf-8"))
