@@ -10,11 +10,22 @@ import torch_pruning
 from safetensors.torch import load_file
 from torch import nn
 
-from models import Tapped, UNet, feature_channels, feature_loss, load, prune_channels, timestep_embedding
+from diffusion import DDPM
+from models import (
+    Tapped,
+    UNet,
+    accumulate_gradients,
+    feature_channels,
+    feature_loss,
+    load,
+    prune_channels,
+    timestep_embedding,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = json.loads((GOLDEN / "unet_configs.json").read_text())
 PRUNED = json.loads((GOLDEN / "pruned_widths.json").read_text())
+TAYLOR = json.loads((GOLDEN / "taylor_kept.json").read_text())
 PUBLISHED = {
     "celeba": {"image_size": 64, "dropout": 0.1},
     "cifar10": {"image_size": 32, "channel_mults": (1, 2, 2, 2), "dropout": 0.1},
@@ -317,13 +328,93 @@ def test_importance_may_be_a_function_of_the_group_that_sees_gradients(small, ba
     assert torch.equal(student.conv_in.bias, small.conv_in.bias[kept])
 
 
+def numbers(shape: torch.Size, seed: int) -> torch.Tensor:
+    """Numbers in [-0.5, 0.5) that depend on no random generator: those with which the golden file was made."""
+    k = torch.arange(1, shape.numel() + 1, dtype=torch.float64)
+    return ((torch.sin(12.9898 * k + 78.233 * seed) * 43758.5453) % 1 - 0.5).float().view(shape)
+
+
+@pytest.mark.parametrize("ratio", TAYLOR)
+def test_taylor_keeps_the_channels_that_the_published_pruner_keeps(ratio):
+    net = UNet(**{**TINY, "channels": 64})
+    for i, p in enumerate(net.parameters()):
+        p.data, p.grad = numbers(p.shape, i), numbers(p.shape, 1000 + i)
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.bias.data = torch.arange(len(layer.bias)).float()  # tells afterwards which channels stayed
+    student = prune_channels(net, float(ratio), "taylor")
+    assert {name: student.get_submodule(name).bias.tolist() for name in TAYLOR[ratio]} == TAYLOR[ratio]
+
+
+def test_accumulated_gradients_are_the_sum_over_timesteps(batch):
+    torch.manual_seed(0)
+    net = UNet(**{**SMALL, "dropout": 0.5}).train().requires_grad_(False)  # a teacher, whatever its mode
+    net.conv_in.weight.grad = torch.ones_like(net.conv_in.weight)  # of something else
+    x0, noise, process = batch[0], torch.randn(3, 1, 8, 8), DDPM()
+    with torch.no_grad():
+        assert accumulate_gradients(net, process, x0, noise, timesteps=[0, 10, 990], progress=False) == 3
+    assert net.training and not any(p.requires_grad for p in net.parameters())
+
+    twin = copy.deepcopy(net).eval().requires_grad_(True)
+    total = 0
+    for t in (0, 10, 990):
+        a = process.alpha_bar[t]
+        prediction = twin(a.sqrt() * x0 + (1 - a).sqrt() * noise, torch.full((3,), t))
+        total = total + (noise - prediction).square().sum(dim=(1, 2, 3)).mean()
+    for p, expected in zip(net.parameters(), torch.autograd.grad(total, twin.parameters()), strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-4)
+    first = prune_channels(net, 0.5, "taylor")
+    assert not same_weights(first, prune_channels(net, 0.5, "magnitude"))
+    assert first(*batch).isfinite().all() and all(p.grad is None for p in first.parameters())
+
+
+class Given(nn.Module):
+    """A network and a process in one, whose loss at timestep t is losses[t] * weight^2."""
+
+    def __init__(self, losses: list[float]):
+        super().__init__()
+        self.losses, self.weight, self.seen = torch.tensor(losses), nn.Parameter(torch.ones(())), []
+
+    def forward(self, x_t, t):
+        self.seen.append(int(t[0]))
+        return self.weight * x_t
+
+    def add_noise(self, x0, noise, t):
+        return self.losses[t].sqrt().view(-1, 1, 1, 1) * x0
+
+    def target(self, x0, noise, t):
+        return torch.zeros_like(x0)
+
+
+@pytest.mark.parametrize(("thr", "summed"), [(0, [0, 1, 2, 3]), (0.3, [0, 1, 2, 3]), (0.5, [0, 1, 2]), (1, [0, 1])])
+def test_accumulation_stops_before_the_first_small_loss(thr, summed, capsys):
+    losses = [2.0, 10.0, 5.0, 4.0]  # 10 is the largest so far from t = 1 on; 5 is not below half of it
+    net = Given(losses)
+    one = torch.ones(2, 1, 1, 1)
+    assert accumulate_gradients(net, net, one, one, thr, range(4)) == len(summed)
+    assert net.weight.grad.item() == pytest.approx(2 * sum(losses[t] for t in summed))
+    assert net.seen == list(range(min(len(summed) + 1, 4)))
+    assert "importance" in capsys.readouterr().err
+
+
+def test_what_gives_no_taylor_importance_is_one_clear_error(small):
+    with pytest.raises(ValueError, match=r'"taylor" needs gradients: call accumulate_gradients\(net, \.\.\.\) first'):
+        prune_channels(small, 0.5, "taylor")
+    one, broken = torch.ones(2, 1, 1, 1), Given([1.0, float("nan")])
+    with pytest.raises(ValueError, match="loss at timestep 1 is nan"):
+        accumulate_gradients(broken, broken, one, one, timesteps=range(2), progress=False)
+    for thr in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="share of the largest loss"):
+            accumulate_gradients(broken, broken, one, one, thr, progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"ratio": 1}, r"\[0, 1\)"),
         ({"ratio": -0.1}, r"\[0, 1\)"),
         ({"ratio": float("nan")}, r"\[0, 1\)"),
-        ({"ratio": 0.5, "importance": "magnitud"}, '"magnitude", "random" or a function'),
+        ({"ratio": 0.5, "importance": "magnitud"}, '"magnitude", "taylor", "random" or a function'),
         ({"ratio": 0.5, "norm_groups": "drop"}, '"keep" or "scale"'),
         ({"ratio": 0.5, "net": nn.Linear(1, 1)}, "not a Linear"),
     ],
