@@ -13,9 +13,11 @@ uninterrupted one, and a run does not depend on how a batch is split over proces
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +26,9 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from operator import ge, gt, lt
 from pathlib import Path
 from typing import Any
@@ -39,8 +43,19 @@ import data
 import evaluate
 import lift_place
 from diffusion import DDPM
+from evaluate import find_device, rank_and_world
 from lift_place import Distillation, adaptive, schedule
-from models import Tapped, UNet, feature_channels, feature_loss, load, prune_channels
+from models import (
+    Tapped,
+    UNet,
+    accumulate_gradients,
+    feature_channels,
+    feature_loss,
+    load,
+    load_checkpoint,
+    prune_channels,
+    public_teacher,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -55,24 +70,62 @@ METHODS: dict[str, tuple[str | None, bool]] = {
     "place": ("place", True),
 }
 
-# The presets, one line per data set. The demo keeps what decides the paper's effect (GroupNorm that pruning turned into
-# instance norm, sums over C, H, W, weights 1 / 1 / 1e-6, clip 1.0); how long and how fast it learns fits a CPU.
-COLUMNS = ("steps", "batch_size", "lr", "warmup", "decay", "clip", "ema", "dropout", "eval_samples", "sample_steps",
-           "teacher_steps", "teacher_lr", "channels")  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(zip(COLUMNS, row, strict=True))
-    for name, *row in [
-        #         steps  batch  lr    warmup  decay      clip  ema    dropout  eval  DDIM  teacher: steps, lr, channels
-        ("digits",  1500,  32, 5e-3,     50, "cosine",    1.0, 0.99,  0.0,    1500,   50,           1700, 1e-3,  64),
-        ("folder", 20000,  64, 2e-4,    500, "constant",  1.0, 0.999, 0.1,    2000,  100,          50000, 2e-4, 128),
+# The presets, one line per published result: the paper's Table 1 for celeba and lsun_bedroom. Nothing is published for
+# the others, so those lines are ours. The demo (digits) keeps what decides the paper's effect: GroupNorm that pruning
+# turned into instance norm, sums over C, H, W, the three lambdas, clip 1.0; how long and how fast it learns fits a CPU.
+# A --prune between two lines of a data set takes the next one.
+COLUMNS = ("dataset", "prune", "steps", "batch_size", "lr", "clip", "ema", "dropout",
+           "lambda_diff", "lambda_out", "lambda_feat")  # fmt: skip
+PRESETS: list[dict[str, Any]] = [
+    dict(zip(COLUMNS, row, strict=True))
+    for row in [
+        # data set       prune   steps  batch  lr    clip  ema    dropout  lambda: diff, out, feat
+        ("digits",        1.0,    1500,   32, 5e-3,  1.0, 0.99,   0.0,     1.0, 1.0, 1e-6),
+        ("celeba",        0.3,  100000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
+        ("celeba",        0.5,  200000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
+        ("celeba",        0.7,  240000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
+        ("celeba",        0.9,  500000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
+        ("lsun_bedroom",  0.3,  200000,   16, 2e-5,  0.0, 0.999,  0.0,     1.0, 1.0, 1e-6),
+        ("lsun_bedroom",  0.5,  500000,   16, 2e-5,  0.0, 0.999,  0.0,     1.0, 1.0, 1e-6),
+        ("lsun_bedroom",  0.7,  700000,   16, 2e-5,  0.0, 0.999,  0.0,     1.0, 1.0, 1e-6),
+        ("lsun_church",   1.0,  500000,   16, 2e-5,  0.0, 0.999,  0.0,     1.0, 1.0, 1e-6),
+        ("cifar10",       1.0,  100000,  128, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
+        ("folder",        1.0,   20000,   64, 2e-4,  1.0, 0.999,  0.1,     1.0, 1.0, 1e-6),
     ]
+]  # fmt: skip
+
+# What the lines of a data set share. `eval_samples` 0: the numbers of the paper take 50,000 samples and Inception
+# features, see `python evaluate.py --help`.
+PAPER = {"warmup": 0, "decay": "constant", "importance": "taylor", "eval_samples": 0, "sample_steps": 100,
+         "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128}  # fmt: skip
+SHARED: dict[str, dict[str, Any]] = {
+    "digits": {"warmup": 50, "decay": "cosine", "importance": "random", "eval_samples": 1500, "sample_steps": 50,
+               "teacher": "train", "teacher_steps": 1700, "teacher_lr": 1e-3, "channels": 64},
+    "celeba": PAPER,
+    "lsun_bedroom": PAPER | {"teacher_steps": 2_400_000, "teacher_lr": 2e-5},
+    "lsun_church": PAPER | {"teacher_steps": 2_400_000, "teacher_lr": 2e-5},
+    "cifar10": PAPER,
+    "folder": PAPER | {"warmup": 500, "eval_samples": 2000, "teacher": "train", "teacher_steps": 50_000},
 }  # fmt: skip
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The teacher that is trained when none is given: the rest of UNet's arguments.
 TEACHERS: dict[str, dict[str, Any]] = {
     "digits": {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8},
-    "folder": {"channel_mults": (1, 2, 2, 2), "num_res_blocks": 2, "attention_resolutions": (16,)},
+    "celeba": {"channel_mults": (1, 2, 2, 2, 4)},
+    "lsun_bedroom": {"channel_mults": (1, 1, 2, 2, 4, 4)},
+    "lsun_church": {"channel_mults": (1, 1, 2, 2, 4, 4)},
+    "cifar10": {"channel_mults": (1, 2, 2, 2)},
+    "folder": {"channel_mults": (1, 2, 2, 2)},
 }
+
+
+def preset(dataset: str, prune: float) -> dict[str, Any]:
+    """The settings of a data set: the line of PRESETS with the smallest ratio not below `prune`, else its last."""
+    lines = [row for row in PRESETS if row["dataset"] == dataset]
+    line = next((row for row in lines if prune <= row["prune"]), lines[-1])
+    return {"image_size": data.DATASETS[dataset].image_size, **SHARED[dataset], **line}
 
 
 def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
@@ -90,14 +143,17 @@ class Settings:
         ValueError: a value that cannot be used; one sentence says what would work.
     """
 
-    dataset: str = option("digits", "digits (embedded), or folder (with --data)", choices=tuple(PRESETS))
-    data: str | None = option(None, "folder of images, any depth; alone it means --dataset folder")
+    dataset: str = option("digits", ", ".join(SHARED), choices=tuple(SHARED))
+    data: str | None = option(None, "folder with the data set's files, or of images; alone it means --dataset folder")
     image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1)
     prune: float = option(0.9, "share of each layer's channels that pruning removes", float, low=0, below=1)
-    importance: str = option(
-        "random",
-        "channels that stay: magnitude, the largest; random, drawn by --seeds",
-        choices=("magnitude", "random"),
+    importance: str | None = option(
+        None,
+        "channels that stay: taylor, magnitude, random (drawn by --seeds)",
+        choices=("taylor", "magnitude", "random"),
+    )
+    taylor_threshold: float = option(
+        0.0, "taylor stops where the loss falls below this share of its peak", float, low=0
     )
     norm_groups: str = option(
         "keep", "pruning keeps the number of norm groups (the paper), or their size (scale)", choices=("keep", "scale")
@@ -105,7 +161,10 @@ class Settings:
     kd: tuple[str, ...] = option(("place",), "methods, one or more: " + ", ".join(METHODS), choices=tuple(METHODS))
     seeds: tuple[int, ...] = option((0,), "a student per method and seed: draws its channels and dropout", int, low=0)
     seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, low=0)
-    teacher: str = option("train", "folder of a saved network, or train: trained first, kept under runs/teachers")
+    teacher: str | None = option(
+        None, "checkpoint, folder, hub id, auto (the public one), or train (here, kept in runs)"
+    )
+    student: str | None = option(None, "folder of a network to start from, instead of a pruned teacher")
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
     channels: int | None = option(None, "its width at the first level", int, low=1)
@@ -119,9 +178,11 @@ class Settings:
     clip: float | None = option(None, "largest gradient norm of a student, 0: no clipping", float, low=0)
     ema: float | None = option(None, "rate of the weight average that is evaluated and saved", float, low=0, below=1)
     dropout: float | None = option(None, "dropout of the students; the teacher predicts without", float, low=0, below=1)
-    lambda_diff: float = option(1.0, "weight of the diffusion loss", float, low=0)
-    lambda_out: float = option(1.0, "weight of the output loss of out, lift, place", float, low=0)
-    lambda_feat: float = option(1e-6, "weight of the feature loss of feat, lift, place; 0 drops it", float, low=0)
+    lambda_diff: float | None = option(None, "weight of the diffusion loss", float, low=0)
+    lambda_out: float | None = option(None, "weight of the output loss of out, lift, place", float, low=0)
+    lambda_feat: float | None = option(
+        None, "weight of the feature loss of feat, lift, place; 0 drops it", float, low=0
+    )
     constants: str = option("diff-pruning", "published constants of lift and place", choices=tuple(lift_place.PRESETS))
     group_size: int = option(16, "K of place: elements per group", int, low=2)
     norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
@@ -131,15 +192,22 @@ class Settings:
     eta: float = option(0.0, "DDIM eta: 0 deterministic, 1 as noisy as DDPM", float, low=0, below=1.0001)
     out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = option(
+        "auto",
+        "of the networks: fp32, bf16, fp16; auto: half on GPUs. Losses and weights stay fp32",
+        choices=tuple(DTYPES),
+    )
+    compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
+    accumulate: int = option(1, "parts in which a process takes its share of a batch, to save memory", int, low=1)
+    log: str = option("jsonl", "log.jsonl, or also tensorboard or wandb", choices=("jsonl", "tensorboard", "wandb"))
     log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
     save_every: int = option(500, "steps between checkpoints", int, low=1)
 
     def __post_init__(self) -> None:
         if self.data is not None and self.dataset == "digits":
             object.__setattr__(self, "dataset", "folder")
-        if self.dataset in PRESETS:
-            preset = {"image_size": data.DATASETS[self.dataset].image_size, **PRESETS[self.dataset]}
-            for name, value in preset.items():
+        if self.dataset in SHARED:
+            for name, value in preset(self.dataset, self.prune).items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, value)
         for item in fields(self):
@@ -149,10 +217,10 @@ class Settings:
         for name in ("kd", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{flag(name)} takes one or more values, each named once")
-        if len(self.seeds) > 1 and self.importance != "random" and self.dropout == 0:
+        if len(self.seeds) > 1 and self.dropout == 0 and (self.importance != "random" or self.student):
             raise ValueError(
-                f"--seeds {' '.join(map(str, self.seeds))} with --importance {self.importance} and no dropout would "
-                "train the same student several times: use --importance random, or one seed"
+                f"--seeds {' '.join(map(str, self.seeds))} would train the same student several times, for without "
+                "dropout a seed draws nothing but random channels: use --importance random, or one seed"
             )
         if self.out is None:
             several = f"-{len(self.seeds)}seeds" if len(self.seeds) > 1 else ""
@@ -161,7 +229,7 @@ class Settings:
 
 
 # Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
-FREE = {"out", "device", "log_every", "save_every"}
+FREE = {"out", "device", "log", "log_every", "save_every"}
 EVALUATION = {"eval_samples", "sample_steps", "eta"}
 
 
@@ -249,23 +317,33 @@ class Student:
     def __init__(self, settings: Settings, method: str, seed: int, net: nn.Module, teacher: nn.Module | None) -> None:
         """`teacher`: tapped when this method has a feature term. The average starts from the weights of `net`."""
         self.method, self.seed, self.name, self.seconds = method, seed, f"{method}-{seed}", 0.0
+        device = next(net.parameters()).device
         self.net = net.train()
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.module = self.bare = self.net
         if METHODS[method][1] and isinstance(teacher, Tapped):
             torch.manual_seed(hash_seed(seed))  # of the adapters
-            adapted = Tapped(net, adapters_to=feature_channels(teacher.net))
-            self.module = self.bare = adapted.to(next(net.parameters()).device)
-        self.optimizer = torch.optim.Adam(self.bare.parameters(), lr=settings.lr, fused=settings.device != "mps")
+            self.module = self.bare = Tapped(net, adapters_to=feature_channels(teacher.net)).to(device)
+        if settings.compile:
+            self.bare.compile()  # in place: the names of the parameters stay
+        self.optimizer = torch.optim.Adam(self.bare.parameters(), lr=settings.lr, fused=device.type != "mps")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=find_dtype(settings, device) == torch.float16)
         if dist.is_initialized():
             self.module = DistributedDataParallel(self.bare)
+
+    def sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients of several processes are averaged once, in the backward pass of the last part of a batch."""
+        alone = last or not dist.is_initialized()
+        return contextlib.nullcontext() if alone else self.module.no_sync()
 
     def update(self, settings: Settings, step: int) -> Tensor:
         """Clip (the network, not its adapters), step, average. Returns the gradient norm before clipping, ()."""
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * lr_factor(settings, step)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip or math.inf)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         rate = min(settings.ema, (1 + step) / (10 + step))  # short runs would otherwise average over their start
         with torch.no_grad():
@@ -273,13 +351,14 @@ class Student:
         return norm
 
     def state(self) -> dict[str, Any]:
-        parts = {"module": self.bare, "ema": self.ema, "optimizer": self.optimizer}
+        parts = {"module": self.bare, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         return {"seconds": self.seconds, **{name: part.state_dict() for name, part in parts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(state["module"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.seconds = state["seconds"]
 
 
@@ -317,64 +396,90 @@ def train(
     rank, world = rank_and_world()
     rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
     weight_over_ranks = adaptive_over_ranks if world > 1 else None
+    half = torch.autocast(
+        device.type, find_dtype(settings, device), enabled=find_dtype(settings, device) != torch.float32
+    )
+    stream = data.batches(images, settings.batch_size, settings.seed, start, rows=rows)
     bar = tqdm(initial=start, total=settings.steps, desc=folder.name, unit="step", disable=rank > 0, mininterval=1.0)
-    with Stop() as stop, (folder / "log.jsonl").open("a") if rank == 0 else open(os.devnull, "w") as log, bar:
+    with Stop() as stop, open_log(settings, folder) as log, contextlib.closing(stream), bar:
         for step in range(start, settings.steps):
             began = time.perf_counter()
-            x0, noise, t = (part[rows] for part in global_batch(settings, images, process, step, device))
-            x_t, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)  # (B, C, H, W) each
+            x0, noise, t = batch(settings, next(stream), rows, images.flip, process, step, device)
             watched = step % settings.log_every == 0 or step + 1 == settings.steps
-            teacher_output, teacher_features = None, []
-            if teacher is not None and (watched or any(any(METHODS[student.method]) for student in students)):
-                with torch.no_grad():
-                    teacher_output, teacher_features = predict(teacher, x_t, t)
+            needed = teacher is not None and (watched or any(any(METHODS[student.method]) for student in students))
             weight = schedule(settings.schedule, step, settings.steps)
             weight = weight_over_ranks if weight is None else weight
-            teacher_seconds, began = time.perf_counter() - began, time.perf_counter()
+            for part in torch.arange(len(x0)).chunk(settings.accumulate):
+                inside = slice(part[0], part[-1] + 1)
+                x_t = process.add_noise(x0[inside], noise[inside], t[inside])  # (B, C, H, W)
+                target = process.target(x0[inside], noise[inside], t[inside])  # (B, C, H, W)
+                teacher_output, teacher_features = None, []
+                with torch.no_grad(), half:
+                    if needed:
+                        teacher_output, teacher_features = predict(teacher, x_t, t[inside])
+                shared, began = time.perf_counter() - began, time.perf_counter()
+                for student in students:
+                    torch.manual_seed(hash_seed(student.seed, step, rank, int(part[0])))  # of the dropout
+                    with student.sync(last=inside.stop == len(x0)):
+                        with half:
+                            output, features = predict(student.module, x_t, t[inside])
+                        student.loss, parts = objective(
+                            settings, student.method, output, target, teacher_output, features, teacher_features, weight
+                        )
+                        student.scaler.scale(student.loss * (len(part) / len(x0))).backward()
+                    if watched:
+                        student.numbers = diagnose(settings, output, teacher_output, parts)
+                    now = time.perf_counter()
+                    student.seconds += now - began + shared * any(METHODS[student.method])
+                    began = now
             for student in students:
-                torch.manual_seed(hash_seed(student.seed, step, rank))  # of the dropout
-                output, features = predict(student.module, x_t, t)
-                loss, parts = objective(
-                    settings, student.method, output, target, teacher_output, features, teacher_features, weight
-                )
-                loss.backward()
                 norm = student.update(settings, step)
                 if watched:
-                    numbers = {"loss": loss, "grad_norm": norm, **diagnose(settings, output, teacher_output, parts)}
+                    numbers = {"loss": student.loss, "grad_norm": norm, **student.numbers}
                     values = mean_over_ranks(torch.stack([n.detach().float() for n in numbers.values()])).tolist()
                     record = {"step": step, "student": student.name, "method": student.method, "seed": student.seed}
                     record["lr"] = student.optimizer.param_groups[0]["lr"]
-                    log.write(json.dumps({**record, **dict(zip(numbers, values, strict=True))}) + "\n")
+                    log({**record, **dict(zip(numbers, values, strict=True))})
                 now = time.perf_counter()
-                student.seconds += now - began + teacher_seconds * any(METHODS[student.method])
+                student.seconds += now - began
                 began = now
             bar.update()
             if stop.asked or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                log.flush()
                 save_checkpoint(settings, students, folder, step + 1)
             if stop.asked:
                 return step + 1 == settings.steps
     return True
 
 
-def global_batch(
-    settings: Settings, images: data.Images, process: DDPM, step: int, device: torch.device
+def batch(
+    settings: Settings, pixels: Tensor, rows: slice, flip: bool, process: DDPM, step: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch of a step over all processes, a function of (seed, step): images in [-1, 1] and noise, both
-    (B, C, H, W), and timesteps (B,)."""
-    index = data.batch_indices(len(images.images), settings.batch_size, step, settings.seed)  # (B,)
-    x0 = data.to_float(torch.as_tensor(images.images[index]).to(device, non_blocking=True))  # (B, C, H, W)
+    """The rows of a step's batch for this process: images in [-1, 1] and noise, (B, C, H, W) each, timesteps (B,).
+
+    What is random is drawn for the whole batch from (seed, step), so it does not depend on the number of processes.
+    `pixels`: (B, C, H, W) uint8, the images of these rows.
+    """
     generator = torch.Generator(device).manual_seed(hash_seed(settings.seed, step))
-    if images.flip:
-        x0 = data.random_flip(x0, generator)
-    noise = torch.randn(x0.shape, generator=generator, device=device)  # (B, C, H, W)
-    return x0, noise, process.sample_t(len(x0), generator=generator, device=device)
+    x0 = data.to_float(pixels.to(device, non_blocking=True))  # (B, C, H, W)
+    if flip:
+        mirrored = torch.rand(settings.batch_size, generator=generator, device=device)[rows] < 0.5  # (B,)
+        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+    noise = torch.randn(settings.batch_size, *x0.shape[1:], generator=generator, device=device)[rows]  # (B, C, H, W)
+    t = process.sample_t(settings.batch_size, generator=generator, device=device)[rows]  # (B,)
+    return x0, noise, t
 
 
 def predict(module: nn.Module, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output (B, C, H, W), and the features of a tapped network or []."""
     result = module(x_t, t)
     return result if isinstance(result, tuple) else (result, [])
+
+
+def find_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the networks compute in: --precision, by default half precision on GPUs (bf16 where they have it)."""
+    if settings.precision == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return DTYPES[settings.precision] or torch.float32
 
 
 def diagnose(
@@ -401,6 +506,34 @@ def hash_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
+@contextlib.contextmanager
+def open_log(settings: Settings, folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that appends a record to log.jsonl, and to tensorboard or wandb if asked for; rank 0 alone writes."""
+    if rank_and_world()[0] > 0:
+        yield lambda record: None
+        return
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / "log.jsonl").open("a", buffering=1))
+        also = None
+        if settings.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = stack.enter_context(SummaryWriter(str(folder)))
+            also = writer.add_scalar
+        elif settings.log == "wandb":
+            import wandb
+
+            run = stack.enter_context(wandb.init(project="lift-place", name=folder.name, config=plain(settings)))
+            also = lambda key, value, step: run.log({key: value}, step=step)  # noqa: E731
+
+        def log(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            for key in record.keys() - {"step", "student", "method", "seed"} if also else ():
+                also(f"{record['student']}/{key}", record[key], record["step"])
+
+        yield log
+
+
 class Stop:
     """Inside the block Ctrl-C and SIGTERM only set `asked`, so that a step is finished and saved before the end.
 
@@ -421,10 +554,6 @@ class Stop:
     def __exit__(self, *_: Any) -> None:
         for number, handler in getattr(self, "former", {}).items():
             signal.signal(number, handler)
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -500,6 +629,7 @@ class Run:
     images: data.Images  # to train on
     held_out: data.Images | None  # never trained on: says how low a distance can get
     teacher: nn.Module | None  # None: has to be trained first
+    student: nn.Module | None  # None: pruned from the teacher
     checkpoint: dict[str, Any] | None
     metrics: dict[str, Any] | None  # of the finished run, if it is one
 
@@ -514,19 +644,16 @@ def prepare(settings: Settings) -> Run:
     folder, world = Path(settings.out), rank_and_world()[1]
     if settings.batch_size % world:
         raise ValueError(f"--batch-size {settings.batch_size} cannot be split over {world} processes: give a multiple")
-    images = data.load(settings.dataset, settings.data, image_size=settings.image_size)
-    held_out = (
-        data.load("digits", image_size=settings.image_size, split="test") if settings.dataset == "digits" else None
-    )
-    teacher = None
-    if settings.teacher != "train":
-        teacher = load(settings.teacher)
-        for name, value in {"image_size": images.images.shape[-1], "in_channels": images.images.shape[1]}.items():
-            if teacher.config[name] != value:
-                raise ValueError(
-                    f"--teacher {settings.teacher} has {name} {teacher.config[name]}, the data {value}: "
-                    "use a teacher that was trained on such images"
-                )
+    library = settings.log if settings.log != "jsonl" else None
+    if library and importlib.util.find_spec(library) is None:
+        raise ValueError(f"--log {library} needs a library that is not installed: pip install {library}")
+    size = {"image_size": settings.image_size}
+    with rank_0_first():  # it downloads and decodes; the others find the result
+        images = data.load(settings.dataset, settings.data, **size)
+    held_out = data.load("digits", **size, split="test") if settings.dataset == "digits" else None
+    with rank_0_first():
+        teacher = None if settings.teacher == "train" else open_network("--teacher", settings.teacher, settings, images)
+    student = None if settings.student is None else open_network("--student", settings.student, settings, images)
     probe = torch.zeros(1, *images.images.shape[1:])  # (1, C, H, W)
     fit(settings, "place", probe, probe)  # refuses a group size that does not fit
     checkpoint, metrics = read_checkpoint(settings, folder), None
@@ -535,51 +662,59 @@ def prepare(settings: Settings) -> Run:
         refuse_other_settings(settings, metrics["settings"], folder / "metrics.json", free=FREE | EVALUATION)
         if any(metrics["settings"][name] != getattr(settings, name) for name in EVALUATION):
             metrics = None  # evaluated otherwise: evaluate again
-    return Run(settings, device, images, held_out, teacher, checkpoint, metrics)
+    return Run(settings, device, images, held_out, teacher, student, checkpoint, metrics)
 
 
-def find_device(name: str) -> torch.device:
-    """The device that --device names; under torchrun the GPU of this process.
+def open_network(name: str, where: str, settings: Settings, images: data.Images) -> nn.Module:
+    """A network for these images: a saved folder, a hub id, a public checkpoint file, or `auto`.
 
     Raises:
-        ValueError: it does not exist on this machine.
+        ValueError, OSError: it is not there, cannot be read, or is made for other images.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    kind, _, index = name.partition(":")
-    there = {"cpu": not index, "mps": mps and not index, "cuda": cuda and int(index or 0) < torch.cuda.device_count()}
-    if not there.get(kind, False):
-        have = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise ValueError(f"--device {name} is not on this machine: choose from auto, {', '.join(have)}")
-    return torch.device(name)
+    if Path(where).is_file():
+        net = new_network(settings, images)
+        load_checkpoint(net, where)
+    else:
+        net = public_teacher(settings.dataset) if where == "auto" else load(where)
+    for key, value in {"image_size": images.images.shape[-1], "in_channels": images.images.shape[1]}.items():
+        if net.config[key] != value:
+            raise ValueError(
+                f"{name} {where} has {key} {net.config[key]}, the data {value}: use a network made for such images"
+            )
+    return net
+
+
+def new_network(settings: Settings, images: data.Images) -> UNet:
+    """The untrained teacher of a data set."""
+    sizes = {name: getattr(settings, name) for name in ("image_size", "channels", "dropout")}
+    return UNet(in_channels=images.images.shape[1], **sizes, **TEACHERS[settings.dataset])
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 runs the block before the other processes do."""
+    rank, world = rank_and_world()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def on_device(net: nn.Module, device: torch.device) -> nn.Module:
+    """`net` on the device, in the memory layout in which its convolutions are fast there."""
+    return net.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
 
 
 def teacher_settings(settings: Settings) -> Settings:
     """The run that trains the teacher: the same loop, with one unpruned student and the data alone."""
-    shared = (
-        "dataset",
-        "data",
-        "image_size",
-        "seed",
-        "batch_size",
-        "warmup",
-        "decay",
-        "clip",
-        "ema",
-        "dropout",
-        "channels",
-    )
-    own = {"prune": 0.0, "kd": ("none",), "steps": settings.teacher_steps, "lr": settings.teacher_lr}
-    own |= {"seeds": (settings.seed,), "out": "", "eval_samples": 0}
-    result = Settings(**{name: getattr(settings, name) for name in shared}, **own)
-    key = json.dumps([plain(result), TEACHERS[settings.dataset]])
-    out = f"runs/teachers/{settings.dataset}{settings.image_size}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    return replace(
-        result, out=out, device=settings.device, log_every=settings.log_every, save_every=settings.save_every
-    )
+    shared = ("dataset", "data", "image_size", "seed", "batch_size", "warmup", "decay", "clip", "ema", "dropout",
+              "channels", "precision", "compile", "accumulate")  # fmt: skip
+    own = {name: getattr(settings, name) for name in shared} | {"steps": settings.teacher_steps}
+    own |= {"lr": settings.teacher_lr, "prune": 0.0, "kd": ("none",), "seeds": (settings.seed,), "eval_samples": 0}
+    key = hashlib.sha256(json.dumps([own, TEACHERS[settings.dataset]]).encode()).hexdigest()[:8]
+    watch = {name: getattr(settings, name) for name in FREE - {"out"}}
+    return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size}-{key}")
 
 
 def find_teacher(run: Run, process: DDPM) -> nn.Module | None:
@@ -593,8 +728,7 @@ def find_teacher(run: Run, process: DDPM) -> nn.Module | None:
         return load(folder / "teacher")
     say(f"teacher: training one for {settings.steps} steps in {folder}")
     torch.manual_seed(settings.seed)
-    sizes = {name: getattr(settings, name) for name in ("image_size", "channels", "dropout")}
-    net = UNet(in_channels=run.images.images.shape[1], **sizes, **TEACHERS[settings.dataset]).to(run.device)
+    net = on_device(new_network(settings, run.images), run.device)
     student = Student(settings, "none", settings.seed, net, None)
     checkpoint = read_checkpoint(settings, folder)
     if not resume(settings, [student], None, run, process, checkpoint):
@@ -624,16 +758,27 @@ def resume(
     return done
 
 
-def make_students(settings: Settings, teacher: nn.Module, tapped: nn.Module, device: torch.device) -> list[Student]:
+def make_students(run: Run, teacher: nn.Module, tapped: nn.Module, process: DDPM) -> list[Student]:
     """One student per method and seed; those of one seed start from the same channels of the teacher."""
-    students = []
+    settings, students = run.settings, []
+    if run.student is None and settings.importance == "taylor":
+        # all 1000 timesteps as published, but never more passes than the distillation itself makes
+        timesteps = range(0, process.steps, max(1, process.steps // settings.steps))
+        with contextlib.closing(data.batches(run.images, settings.batch_size, settings.seed)) as stream:
+            x0, noise, _ = batch(settings, next(stream), slice(None), False, process, 0, run.device)
+        accumulate_gradients(teacher, process, x0, noise, settings.taylor_threshold, timesteps)
     for seed in settings.seeds:
-        net = prune_channels(teacher, settings.prune, settings.importance, settings.norm_groups, seed=seed).to(device)
+        if run.student is not None:
+            net = copy.deepcopy(run.student)
+        else:
+            net = prune_channels(teacher, settings.prune, settings.importance, settings.norm_groups, seed=seed)
         net.config["dropout"] = settings.dropout
         for module in net.modules():
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
+        net = on_device(net, run.device).requires_grad_(True)
         students += [Student(settings, method, seed, copy.deepcopy(net), tapped) for method in settings.kd]
+    teacher.zero_grad(set_to_none=True)
     return students
 
 
@@ -647,10 +792,13 @@ def distil(run: Run) -> dict[str, Any] | None:
     teacher = find_teacher(run, process)
     if teacher is None:
         return None
-    teacher = teacher.to(run.device).eval().requires_grad_(False)
+    teacher = on_device(teacher, run.device).eval().requires_grad_(True)  # for the gradients that Taylor pruning needs
     features = settings.lambda_feat > 0 and any(METHODS[method][1] for method in settings.kd)
     tapped = Tapped(teacher) if features else teacher
-    students = make_students(settings, teacher, tapped, run.device)
+    students = make_students(run, teacher, tapped, process)
+    teacher.requires_grad_(False)
+    if settings.compile:
+        tapped.compile()
     if not resume(settings, students, tapped, run, process, run.checkpoint):
         return None
     if rank_and_world()[0] > 0:
@@ -658,6 +806,8 @@ def distil(run: Run) -> dict[str, Any] | None:
     for student in students:
         student.ema.save(student_folder(folder, student, students))
     metrics = measure(run, teacher, students, process)
+    for place in (folder, *(student_folder(folder, student, students) for student in students)):
+        evaluate.card(place, metrics)
     (folder / "metrics.json.new").write_text(json.dumps(metrics, indent=2) + "\n")
     os.replace(folder / "metrics.json.new", folder / "metrics.json")
     report(metrics, folder)
@@ -732,37 +882,56 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"train.py: error: {message}\n")
 
 
-def parse(argv: list[str] | None = None) -> tuple[Settings, bool]:
-    """Settings from the command line, and whether --dry-run was given."""
+def parse(argv: list[str] | None = None) -> tuple[Settings, str | None]:
+    """Settings from the command line, and what to print instead of running, if anything."""
     parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in fields(Settings):
         several = isinstance(item.default, tuple)
         default = " ".join(map(str, item.default)) if several else item.default
-        default = default if default is not None else "preset" if item.name in COLUMNS else "none"
+        default = default if default is not None else "preset" if item.name in preset("digits", 0) else "none"
         more = {"nargs": "+"} if several else {}
         text = f"{item.metadata['text']} [{default}]"
-        parser.add_argument(flag(item.name), type=item.metadata["kind"], help=text, default=argparse.SUPPRESS, **more)
+        more |= {"action": "store_true"} if item.metadata["kind"] is bool else {"type": item.metadata["kind"]}
+        parser.add_argument(flag(item.name), help=text, default=argparse.SUPPRESS, **more)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--list-presets", action="store_true", help="print the table of presets and stop")
     given = vars(parser.parse_args(argv))
-    dry_run = given.pop("dry_run")
+    answers = {"presets": given.pop("list_presets"), "settings": given.pop("dry_run")}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
-        return Settings(**given), dry_run
+        return Settings(**given), next((answer for answer, asked in answers.items() if asked), None)
     except ValueError as error:
         parser.error(str(error))
 
 
+def presets() -> str:
+    """The table of PRESETS, aligned."""
+    rows = [
+        COLUMNS,
+        *([f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()] for row in PRESETS),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
 def main(argv: list[str] | None = None) -> int:
-    settings, dry_run = parse(argv)
-    if dry_run:
-        print(json.dumps(plain(settings), indent=2))
+    settings, answer = parse(argv)
+    if answer:
+        print(json.dumps(plain(settings), indent=2) if answer == "settings" else presets())
         return 0
     if "RANK" in os.environ:  # started by torchrun
         cuda = settings.device in ("auto", "cuda") and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # the others wait while rank 0 downloads and decodes
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     try:
         run = prepare(settings)
-    except (ValueError, OSError) as error:  # what a user gave; anything later is ours and keeps its traceback
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+    ) as error:  # what a user gave; anything later is ours and keeps its traceback
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     if run.device.type == "cuda":

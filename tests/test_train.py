@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 import lift_place
 import models
 import train
@@ -118,6 +117,31 @@ def test_a_student_is_saved_as_its_average_and_teaches_and_starts_other_runs():
     assert sizes["teacher"]["parameters"] == sum(p.numel() for p in saved.parameters())
 
 
+def test_a_given_student_is_trained_instead_of_a_pruned_one():
+    run("--kd", "out", "--prune", "0.7", "--out", "runs/small", "--eval-samples", "0")
+    run("--kd", "out", "place", "--student", "runs/small/student", "--out", "runs/given", "--eval-samples", "0")
+    small = json.loads(Path("runs/small/metrics.json").read_text())["students"][0]["parameters"]
+    assert {row["parameters"] for row in json.loads(Path("runs/given/metrics.json").read_text())["students"]} == {small}
+    assert not same(weights("runs/given/student/out-0"), weights("runs/small/student"))
+
+
+def test_taylor_pruning_takes_other_channels_than_magnitude():
+    for importance in ("taylor", "magnitude"):
+        run(
+            "--kd",
+            "none",
+            "--importance",
+            importance,
+            "--lr",
+            "1e-12",
+            "--out",
+            f"runs/{importance}",
+            "--eval-samples",
+            "0",
+        )
+    assert not same(weights("runs/taylor/student"), weights("runs/magnitude/student"), tolerance=1e-3)
+
+
 def test_a_folder_of_images_trains_and_is_scored_on_pixels(tmp_path, capsys):
     from PIL import Image
 
@@ -129,12 +153,61 @@ def test_a_folder_of_images_trains_and_is_scored_on_pixels(tmp_path, capsys):
     assert "Frechet digits" not in capsys.readouterr().out
 
 
+def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(0, 256, (8, 218, 178, 3), dtype=torch.uint8, generator=torch.Generator())
+    (tmp_path / "files/img_align_celeba").mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(tmp_path / f"files/img_align_celeba/{i:06}.jpg")
+    lines = [f"{i:06}.jpg {0 if i < 6 else 2}\n" for i in range(8)]
+    (tmp_path / "files/list_eval_partition.txt").write_text("".join(lines))
+    teacher = models.UNet(64)
+    ema = {f"module.{name}": tensor for name, tensor in teacher.state_dict().items()}
+    torch.save([ema, {}, 0, 0, dict(ema)], "ema.ckpt")
+
+    arguments = ["--data", "files", "--teacher", "ema.ckpt", "--prune", "0.9", "--kd", "place", "--out", "runs/celeba"]
+    assert train.main(["--dataset", "celeba", "--steps", "2", "--batch-size", "4", "--device", "cpu", *arguments]) == 0
+    metrics = json.loads(Path("runs/celeba/metrics.json").read_text())
+    sizes = [(row["parameters"], round(row["macs"] / 1e9, 3)) for row in (metrics["teacher"], metrics["students"][0])]
+    assert sizes == [(78_700_803, 23.923), (1_312_076, 0.768)]
+    assert log("runs/celeba")[-1]["step"] == 1 and 0 < log("runs/celeba")[-1]["mse"] < 10
+
+
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--kd", "none", "place"]) == 0
     settings = json.loads(capsys.readouterr().out)
-    assert settings["kd"] == ["none", "place"] and settings["steps"] == train.PRESETS["digits"]["steps"]
+    assert settings["kd"] == ["none", "place"] and settings["steps"] == train.preset("digits", 0.9)["steps"]
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "prune", "steps"),  # the rows of the paper's Table 1
+    [("celeba", 0.5, 200_000), ("celeba", 0.7, 240_000), ("celeba", 0.9, 500_000),
+     ("lsun_bedroom", 0.3, 200_000), ("lsun_bedroom", 0.5, 500_000), ("lsun_bedroom", 0.7, 700_000)],
+)  # fmt: skip
+def test_every_row_of_table_1_is_a_preset(dataset, prune, steps, capsys):
+    assert train.main(["--dataset", dataset, "--prune", str(prune), "--dry-run"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert (settings["steps"], settings["importance"], settings["taylor_threshold"]) == (steps, "taylor", 0)
+    assert [settings[f"lambda_{term}"] for term in ("diff", "out", "feat")] == [1, 1, 1e-6]
+    assert (
+        settings["group_size"] == 16 and settings["constants"] == "diff-pruning" and settings["norm_groups"] == "keep"
+    )
+    celeba = dataset == "celeba"
+    expected = (2e-4, 1.0, 0.9999, 0.1) if celeba else (2e-5, 0.0, 0.999, 0.0)
+    assert tuple(settings[name] for name in ("lr", "clip", "ema", "dropout")) == expected
+    assert settings["image_size"] == (64 if celeba else 256) and settings["sample_steps"] == 100
+
+
+def test_a_ratio_between_two_presets_takes_the_next_and_all_are_listed(capsys):
+    assert train.Settings(dataset="celeba", prune=0.6).steps == train.Settings(dataset="celeba", prune=0.7).steps
+    assert train.Settings(dataset="celeba", prune=0.95).steps == train.Settings(dataset="celeba", prune=0.9).steps
+    assert train.main(["--list-presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(train.PRESETS) and "lambda_feat" in lines[0] and "500000" in lines[5]
 
 
 # ------------------------------------------------------------------------------------------------------- the objective
@@ -191,6 +264,28 @@ def test_a_student_does_not_depend_on_its_company():
     )
     assert same(weights("runs/alone/student"), weights("runs/together/student/place-0"))
     assert not same(weights("runs/alone/student"), weights("runs/together/student/place-3"))
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    arguments = ["--kd", "out", "feat", "--prune", "0", "--lambda-feat", "1e-3", "--eval-samples", "0"]
+    run(*arguments, "--out", "runs/one-part")
+    run(*arguments, "--accumulate", "3", "--out", "runs/three-parts")  # of 8: 3, 3 and 2
+    for name in ("out-0", "feat-0"):
+        assert same(
+            weights(f"runs/one-part/student/{name}"), weights(f"runs/three-parts/student/{name}"), tolerance=1e-5
+        )
+
+
+def test_half_precision_keeps_weights_and_losses_in_float32():
+    run("--kd", "place", "--precision", "bf16", "--out", "runs/half", "--eval-samples", "0")
+    run("--kd", "place", "--out", "runs/single", "--eval-samples", "0")
+    half, single = weights("runs/half/student"), weights("runs/single/student")
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+    assert not same(half, single)
+    first = [log(f"runs/{name}")[0] for name in ("half", "single")]
+    assert (
+        first[0]["coarse"] == pytest.approx(first[1]["coarse"], rel=0.05) and first[0]["coarse"] != first[1]["coarse"]
+    )
 
 
 def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
@@ -277,15 +372,19 @@ def test_two_processes_train_what_one_trains():
     assert [r["w"] for r in two] == pytest.approx([r["w"] for r in one], rel=1e-3)  # one weight for the whole batch
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
-    images = data.load("digits")
-    first, second = (
-        train.global_batch(train.Settings(seed=seed), images, DDPM(), 7, torch.device("cpu")) for seed in (1, 1)
+def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_takes():
+    pixels = torch.arange(32, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8) + torch.arange(
+        8, dtype=torch.uint8
     )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    for settings, step in ((train.Settings(seed=2), 7), (train.Settings(seed=1), 8)):
-        other = train.global_batch(settings, images, DDPM(), step, torch.device("cpu"))
-        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+    def draw(seed, step, rows=slice(None)):
+        return train.batch(train.Settings(seed=seed), pixels[rows], rows, True, DDPM(), step, torch.device("cpu"))
+
+    whole = draw(1, 7)
+    assert all(torch.equal(a, b) for a, b in zip(whole, draw(1, 7), strict=True))
+    assert all(torch.equal(a[8:16], b) for a, b in zip(whole, draw(1, 7, slice(8, 16)), strict=True))
+    for other in (draw(2, 7), draw(1, 8)):
+        assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -310,6 +409,8 @@ def test_a_batch_is_a_function_of_seed_and_step():
         (["--lr", "nan"], ["--lr nan", "above 0"]),
         (["--schedule", "liner"], ["did you mean linear"]),
         (["--bogus"], ["--bogus"]),
+        (["--dataset", "lsun_church"], ["church_outdoor_train_lmdb", "--data"]),
+        (["--log", "wandb"], ["--log wandb", "pip install wandb"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(arguments, words, capsys, tmp_path, monkeypatch):
