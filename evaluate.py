@@ -62,7 +62,7 @@ COLORS = {  # one per method, the same in every picture, apart for colour-blind 
     "place": "#0072b2",
 }
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
-MAY_DIFFER = {"kd", "seeds", "out", "device", "log_every", "save_every"}  # settings of runs that share one table
+MAY_DIFFER = {"kd", "seeds", "out", "device", "log", "log_every", "save_every"}  # settings of runs that share one table
 
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
 Extract = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, D)

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from operator import ge, gt, lt
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def preset(dataset: str, prune: float) -> dict[str, Any]:
 
 
 def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
-    """A field of Settings that is also a flag. limits: choices, or low <= value, above < value, value < below."""
+    """A field of Settings that is also a flag. limits: choices, or low <= value <= high, above < value < below."""
     return field(default=default, metadata={"text": text, "kind": kind, **limits})
 
 
@@ -143,27 +143,17 @@ class Settings:
         ValueError: a value that cannot be used; one sentence says what would work.
     """
 
-    dataset: str = option("digits", ", ".join(SHARED), choices=tuple(SHARED))
+    dataset: str = option("digits", "images", choices=tuple(SHARED))
     data: str | None = option(None, "folder with the data set's files, or of images; alone it means --dataset folder")
     image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1)
     prune: float = option(0.9, "share of each layer's channels that pruning removes", float, low=0, below=1)
-    importance: str | None = option(
-        None,
-        "channels that stay: taylor, magnitude, random (drawn by --seeds)",
-        choices=("taylor", "magnitude", "random"),
-    )
-    taylor_threshold: float = option(
-        0.0, "taylor stops where the loss falls below this share of its peak", float, low=0
-    )
-    norm_groups: str = option(
-        "keep", "pruning keeps the number of norm groups (the paper), or their size (scale)", choices=("keep", "scale")
-    )
-    kd: tuple[str, ...] = option(("place",), "methods, one or more: " + ", ".join(METHODS), choices=tuple(METHODS))
+    importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
+    taylor_threshold: float = option(0.0, "taylor stops where the loss is below this share of its peak", float, low=0)
+    norm_groups: str = option("keep", "their number stays, or scales with the width", choices=("keep", "scale"))
+    kd: tuple[str, ...] = option(("place",), "methods, one or more", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option((0,), "a student per method and seed: draws its channels and dropout", int, low=0)
     seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, low=0)
-    teacher: str | None = option(
-        None, "checkpoint, folder, hub id, auto (the public one), or train (here, kept in runs)"
-    )
+    teacher: str | None = option(None, "checkpoint, folder, hub id, auto (the public one), train (here, kept in runs)")
     student: str | None = option(None, "folder of a network to start from, instead of a pruned teacher")
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
@@ -172,34 +162,26 @@ class Settings:
     batch_size: int | None = option(None, "images per step, over all processes", int, low=1)
     lr: float | None = option(None, "learning rate of Adam", float, above=0)
     warmup: int | None = option(None, "steps over which the learning rate grows from 0", int, low=0)
-    decay: str | None = option(
-        None, "the learning rate after that: constant, or cosine to 0", choices=("constant", "cosine")
-    )
+    decay: str | None = option(None, "what follows the warm-up; cosine ends at 0", choices=("constant", "cosine"))
     clip: float | None = option(None, "largest gradient norm of a student, 0: no clipping", float, low=0)
     ema: float | None = option(None, "rate of the weight average that is evaluated and saved", float, low=0, below=1)
     dropout: float | None = option(None, "dropout of the students; the teacher predicts without", float, low=0, below=1)
     lambda_diff: float | None = option(None, "weight of the diffusion loss", float, low=0)
     lambda_out: float | None = option(None, "weight of the output loss of out, lift, place", float, low=0)
-    lambda_feat: float | None = option(
-        None, "weight of the feature loss of feat, lift, place; 0 drops it", float, low=0
-    )
+    lambda_feat: float | None = option(None, "weight of the feature loss of feat, lift, place", float, low=0)
     constants: str = option("diff-pruning", "published constants of lift and place", choices=tuple(lift_place.PRESETS))
     group_size: int = option(16, "K of place: elements per group", int, low=2)
     norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
     schedule: str = option("adaptive", "w of lift and place", choices=("adaptive", "constant", "linear", "cosine"))
     eval_samples: int | None = option(None, "images to sample from every student, 0: no evaluation", int, low=0)
-    sample_steps: int | None = option(None, "DDIM steps", int, low=1, below=1001)
-    eta: float = option(0.0, "DDIM eta: 0 deterministic, 1 as noisy as DDPM", float, low=0, below=1.0001)
+    sample_steps: int | None = option(None, "DDIM steps", int, low=1, high=1000)
+    eta: float = option(0.0, "DDIM eta: 0 deterministic, 1 as noisy as DDPM", float, low=0, high=1)
     out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option(
-        "auto",
-        "of the networks: fp32, bf16, fp16; auto: half on GPUs. Losses and weights stay fp32",
-        choices=tuple(DTYPES),
-    )
+    precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=tuple(DTYPES))
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
     accumulate: int = option(1, "parts in which a process takes its share of a batch, to save memory", int, low=1)
-    log: str = option("jsonl", "log.jsonl, or also tensorboard or wandb", choices=("jsonl", "tensorboard", "wandb"))
+    log: str = option("jsonl", "log.jsonl, or another beside it", choices=("jsonl", "tensorboard", "wandb"))
     log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
     save_every: int = option(500, "steps between checkpoints", int, low=1)
 
@@ -238,6 +220,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+LIMITS = (("low", ge, "at least"), ("above", gt, "above"), ("high", le, "at most"), ("below", lt, "below"))
+
+
 def check(name: str, value: Any, limits: Any) -> None:
     """ValueError, with what would work, unless the value keeps the limits of its field."""
     choices = limits.get("choices")
@@ -245,11 +230,7 @@ def check(name: str, value: Any, limits: Any) -> None:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{name} {value} is not known, choose from {', '.join(choices)}{hint}")
-    bounds = [
-        (limits[key], compare, text)
-        for key, compare, text in (("low", ge, "at least"), ("above", gt, "above"), ("below", lt, "below"))
-        if key in limits
-    ]
+    bounds = [(limits[key], compare, text) for key, compare, text in LIMITS if key in limits]
     if not all(compare(value, bound) for bound, compare, _ in bounds):
         wanted = " and ".join(f"{text} {bound}" for bound, _, text in bounds)
         raise ValueError(f"{name} {value} cannot be used, it must be {wanted}")
@@ -890,7 +871,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, str | None]:
         default = " ".join(map(str, item.default)) if several else item.default
         default = default if default is not None else "preset" if item.name in preset("digits", 0) else "none"
         more = {"nargs": "+"} if several else {}
-        text = f"{item.metadata['text']} [{default}]"
+        choices = item.metadata.get("choices", ())
+        text = f"{item.metadata['text']}{': ' * bool(choices)}{', '.join(choices)} [{default}]"
         more |= {"action": "store_true"} if item.metadata["kind"] is bool else {"type": item.metadata["kind"]}
         parser.add_argument(flag(item.name), help=text, default=argparse.SUPPRESS, **more)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")

@@ -11,13 +11,13 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs/digits.md").read_text()
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
+    for line in re.findall(r"(?:^|`)((?:python|torchrun) [^`\n]*)", PAGES, re.MULTILINE)
     if "train.py" in line
 ]
-TABLES = re.findall(r"<!-- evaluate\.py (\S+) -->\n(.*?)\n\n", README, re.DOTALL)
+TABLES = re.findall(r"<!-- evaluate\.py (\S+) -->\n(.*?)\n\n", PAGES, re.DOTALL)
 
 
 def test_the_python_code_of_the_readme_runs(capsys):
