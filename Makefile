@@ -4,7 +4,7 @@ PYTHON ?= python3
 .PHONY: demo test
 
 demo: .venv/installed
-	.venv/bin/python train.py --kd none out lift place
+	.venv/bin/python train.py --kd none out lift place --lambda-feat 0 --steps 1200 --eval-samples 1000 --out runs/demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest

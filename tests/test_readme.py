@@ -43,6 +43,6 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_runs(folder, shown,
 
 
 def test_the_files_and_pictures_that_the_readme_names_exist():
-    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+)` \|", README, re.MULTILINE)
+    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+(?:\.py|/))` \|", README, re.MULTILINE)
     assert len(TABLES) >= 2 and "benchmarks/" in named
     assert [name for name in named if not (ROOT / name).exists()] == []
