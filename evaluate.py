@@ -850,6 +850,7 @@ def main(arguments: list[str] | None = None, extract: Extract | None = None) -> 
     add("--sample-steps", type=int, default=100, help="DDIM steps [%(default)s]")
     add("--eta", type=float, default=0.0, help="DDIM eta, 0 deterministic .. 1 [%(default)s]")
     add("--batch", type=int, help="images at a time [what fits on a GPU, 256 on a CPU]")
+    add("--compile", action="store_true", help="torch.compile the networks: slow to start, faster to sample")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     add("--out", type=Path, default=Path("runs/evaluation"), help="for samples and scores [%(default)s]")
     options = parser.parse_args(arguments)
@@ -903,6 +904,8 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     for name, net in nets.items():
+        if options.compile:
+            net.compile()
         run = {"batch": options.batch, "device": device, "progress": rank == 0, "label": f"sampling {name}"}
         fill(*room[name], net, process, **settings, **run)
         net.cpu()

@@ -21,7 +21,6 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -204,6 +203,8 @@ class Settings:
                 f"--seeds {' '.join(map(str, self.seeds))} would train the same student several times, for without "
                 "dropout a seed draws nothing but random channels: use --importance random, or one seed"
             )
+        if 0 < self.eval_samples < 6:
+            raise ValueError(f"--eval-samples {self.eval_samples} cannot be used, it must be 0 (none) or at least 6")
         if self.out is None:
             several = f"-{len(self.seeds)}seeds" if len(self.seeds) > 1 else ""
             name = f"{self.dataset}{self.image_size}-prune{self.prune:g}-{'-'.join(self.kd)}{several}"
@@ -578,7 +579,7 @@ def read_checkpoint(settings: Settings, folder: Path) -> dict[str, Any] | None:
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load has no error of its own: many kinds come out of a damaged file
         aside = path.with_name(f"checkpoint.pt.broken-{time.strftime('%Y%m%d-%H%M%S')}")
         path.rename(aside)
         raise ValueError(
@@ -609,7 +610,8 @@ class Run:
     device: torch.device
     images: data.Images  # to train on
     held_out: data.Images | None  # never trained on: says how low a distance can get
-    teacher: nn.Module | None  # None: has to be trained first
+    teacher: nn.Module | None  # None: has to be trained first,
+    teacher_checkpoint: dict[str, Any] | None  # from here on
     student: nn.Module | None  # None: pruned from the teacher
     checkpoint: dict[str, Any] | None
     metrics: dict[str, Any] | None  # of the finished run, if it is one
@@ -631,9 +633,21 @@ def prepare(settings: Settings) -> Run:
     size = {"image_size": settings.image_size}
     with rank_0_first():  # it downloads and decodes; the others find the result
         images = data.load(settings.dataset, settings.data, **size)
+    if settings.eval_samples and len(images.images) < 6:
+        raise ValueError(
+            f"{settings.data} holds {len(images.images)} images, too few to compare samples with: add images, or "
+            "evaluate nothing with --eval-samples 0"
+        )
     held_out = data.load("digits", **size, split="test") if settings.dataset == "digits" else None
+    teacher, teacher_checkpoint = None, None
     with rank_0_first():
-        teacher = None if settings.teacher == "train" else open_network("--teacher", settings.teacher, settings, images)
+        if settings.teacher != "train":
+            teacher = open_network("--teacher", settings.teacher, settings, images)
+        else:
+            own = teacher_settings(settings)
+            kept = Path(own.out) / "teacher"
+            teacher = load(kept) if (kept / "config.json").exists() else None
+            teacher_checkpoint = read_checkpoint(own, Path(own.out)) if teacher is None else None
     student = None if settings.student is None else open_network("--student", settings.student, settings, images)
     probe = torch.zeros(1, *images.images.shape[1:])  # (1, C, H, W)
     fit(settings, "place", probe, probe)  # refuses a group size that does not fit
@@ -643,7 +657,7 @@ def prepare(settings: Settings) -> Run:
         refuse_other_settings(settings, metrics["settings"], folder / "metrics.json", free=FREE | EVALUATION)
         if any(metrics["settings"][name] != getattr(settings, name) for name in EVALUATION):
             metrics = None  # evaluated otherwise: evaluate again
-    return Run(settings, device, images, held_out, teacher, student, checkpoint, metrics)
+    return Run(settings, device, images, held_out, teacher, teacher_checkpoint, student, checkpoint, metrics)
 
 
 def open_network(name: str, where: str, settings: Settings, images: data.Images) -> nn.Module:
@@ -698,21 +712,15 @@ def teacher_settings(settings: Settings) -> Settings:
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size}-{key}")
 
 
-def find_teacher(run: Run, process: DDPM) -> nn.Module | None:
-    """The teacher that was given, or the one kept from an earlier run, or one trained now. None: stopped early."""
-    if run.teacher is not None:
-        return run.teacher
+def train_teacher(run: Run, process: DDPM) -> nn.Module | None:
+    """The teacher of this data set, kept for later runs. None: stopped early."""
     settings = teacher_settings(run.settings)
     folder = Path(settings.out)
-    if (folder / "teacher" / "config.json").exists():
-        say(f"teacher: {folder / 'teacher'} (trained by an earlier run)")
-        return load(folder / "teacher")
     say(f"teacher: training one for {settings.steps} steps in {folder}")
     torch.manual_seed(settings.seed)
     net = on_device(new_network(settings, run.images), run.device)
     student = Student(settings, "none", settings.seed, net, None)
-    checkpoint = read_checkpoint(settings, folder)
-    if not resume(settings, [student], None, run, process, checkpoint):
+    if not resume(settings, [student], None, run, process, run.teacher_checkpoint):
         return None
     if rank_and_world()[0] == 0:
         student.ema.save(folder / "teacher")
@@ -742,7 +750,9 @@ def resume(
 def make_students(run: Run, teacher: nn.Module, tapped: nn.Module, process: DDPM) -> list[Student]:
     """One student per method and seed; those of one seed start from the same channels of the teacher."""
     settings, students = run.settings, []
-    if run.student is None and settings.importance == "taylor":
+    # a checkpoint brings its own weights: then any channels will do
+    importance = settings.importance if run.checkpoint is None else "magnitude"
+    if run.student is None and importance == "taylor":
         # all 1000 timesteps as published, but never more passes than the distillation itself makes
         timesteps = range(0, process.steps, max(1, process.steps // settings.steps))
         with contextlib.closing(data.batches(run.images, settings.batch_size, settings.seed)) as stream:
@@ -752,7 +762,7 @@ def make_students(run: Run, teacher: nn.Module, tapped: nn.Module, process: DDPM
         if run.student is not None:
             net = copy.deepcopy(run.student)
         else:
-            net = prune_channels(teacher, settings.prune, settings.importance, settings.norm_groups, seed=seed)
+            net = prune_channels(teacher, settings.prune, importance, settings.norm_groups, seed=seed)
         net.config["dropout"] = settings.dropout
         for module in net.modules():
             if isinstance(module, nn.Dropout):
@@ -770,7 +780,7 @@ def distil(run: Run) -> dict[str, Any] | None:
         say(f"{folder}: this run is finished, nothing to train; its results:")
         report(run.metrics, folder)
         return run.metrics
-    teacher = find_teacher(run, process)
+    teacher = train_teacher(run, process) if run.teacher is None else run.teacher
     if teacher is None:
         return None
     teacher = on_device(teacher, run.device).eval().requires_grad_(True)  # for the gradients that Taylor pruning needs

@@ -1,12 +1,15 @@
 """The run: what it trains, that it resumes exactly, that it can be split over processes, and what it refuses."""
 
+import contextlib
 import copy
+import importlib.machinery
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -63,7 +66,8 @@ def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothin
     arguments = ["--kd", "none", "feat", "place", "--seeds", "0", "1", "--out", "runs/all"]
     run(*arguments)
     out = Path("runs/all")
-    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples.png", "curves.png", "metrics.json"):
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples.png", "curves.png", "metrics.json",
+                 "README.md", "student/place-1/README.md", "student/place-1/model.safetensors"):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
     metrics = json.loads((out / "metrics.json").read_text())
     students = [(student["method"], student["seed"]) for student in metrics["students"]]
@@ -91,7 +95,7 @@ def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothin
 
     records = log(out)
     run(*arguments, "--sample-steps", "3")  # only the evaluation differs: sampled again, not trained again
-    assert "trained by an earlier run" in capsys.readouterr().out
+    assert "finished" not in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text())["settings"]["sample_steps"] == 3
     assert before[out / "checkpoint.pt"] == (out / "checkpoint.pt").stat().st_mtime_ns and log(out) == records
 
@@ -103,6 +107,29 @@ def test_the_log_explains_every_student():
     for record in records:
         assert {"loss", "coarse", "fine", "w", "b0", "b1", "mse", "grad_norm", "lr"} <= record.keys()
         assert record["w"] == pytest.approx(1 - min(1, record["coarse"]), abs=1e-6)
+
+
+def test_the_log_also_goes_to_wandb_when_asked(monkeypatch):
+    lines = []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda **about: contextlib.nullcontext(
+        types.SimpleNamespace(log=lambda line, step: lines.append((line, step)))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(
+        "--kd",
+        "place",
+        "--log",
+        "wandb",
+        "--teacher",
+        "runs/log/student/none-0",
+        "--out",
+        "runs/wandb",
+        "--eval-samples",
+        "0",
+    )
+    assert ({"place-0/w": log("runs/wandb")[-1]["w"]}, 5) in lines
 
 
 def test_a_student_is_saved_as_its_average_and_teaches_and_starts_other_runs():
@@ -357,19 +384,41 @@ def test_a_signal_saves_the_step_that_was_reached():
     assert torch.load("runs/signal/checkpoint.pt", weights_only=True)["step"] > 0
 
 
+def two_processes(*arguments: str) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*torchrun, *command(*arguments)[1:]]
+
+
 def test_two_processes_train_what_one_trains():
     # unpruned: before a norm of one channel per group a bias has no gradient but rounding, which Adam blows up
     arguments = ["--kd", "out", "feat", "place", "--prune", "0", "--lambda-feat", "1e-3", "--eval-samples", "0"]
     run(*arguments, "--out", "runs/one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = command(*arguments, "--out", "runs/two")[1:]
-    subprocess.run([*torchrun, *two], check=True, env=environment, stderr=subprocess.PIPE, timeout=120)
+    subprocess.run(two_processes(*arguments, "--out", "runs/two"), check=True, capture_output=True, timeout=300)
     for name in ("out-0", "feat-0", "place-0"):
         assert same(weights(f"runs/one/student/{name}"), weights(f"runs/two/student/{name}"), tolerance=1e-5), name
     one = [r for r in log("runs/one") if r["student"] == "place-0"]
     two = [r for r in log("runs/two") if r["student"] == "place-0"]
     assert [r["w"] for r in two] == pytest.approx([r["w"] for r in one], rel=1e-3)  # one weight for the whole batch
+
+
+def test_two_processes_resume_what_one_began(monkeypatch):
+    arguments = ["--kd", "feat", "place", "--prune", "0", "--eval-samples", "0"]
+    save = train.save_checkpoint
+
+    def save_and_keep(settings, students, folder, step):
+        save(settings, students, folder, step)
+        if folder.name == "began" and step == 2:
+            Path("runs/went-on").mkdir()
+            shutil.copy(folder / "checkpoint.pt", "runs/went-on/checkpoint.pt")
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_keep)
+    run(*arguments, "--out", "runs/began")
+    done = subprocess.run(
+        two_processes(*arguments, "--out", "runs/went-on"), check=True, capture_output=True, text=True
+    )
+    assert "resumed at step 2 of 6" in done.stdout
+    for name in ("feat-0", "place-0"):
+        assert same(weights(f"runs/began/student/{name}"), weights(f"runs/went-on/student/{name}"), tolerance=1e-5)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_takes():
@@ -401,6 +450,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
         (["--data", "/nowhere"], ["/nowhere", "folder"]),
         (["--teacher", "/nowhere"], ["/nowhere", "network"]),
         (["--steps", "0"], ["--steps 0", "at least 1"]),
+        (["--eval-samples", "3"], ["--eval-samples 3", "at least 6"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--group-size", "7"], ["7", "64", "2, 4, 8, 16, 32, 64"]),
         (["--image-size", "12"], ["8 or 16", "12"]),
@@ -439,6 +489,17 @@ def test_a_truncated_checkpoint_is_kept_aside_and_the_run_can_go_on(capsys):
     assert aside.stat().st_size == len(whole) // 2
     run(*arguments)
     assert torch.load(path, weights_only=True)["step"] == 6
+
+
+def test_a_damaged_teacher_is_refused_before_anything_is_trained(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(train.teacher_settings(train.parse(TINY)[0]).out)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"half a file")
+    assert train.main(TINY) == 2
+    assert (
+        str(folder / "checkpoint.pt") in capsys.readouterr().err and not (tmp_path / train.parse(TINY)[0].out).exists()
+    )
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name_and_left_alone(capsys):
