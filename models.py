@@ -529,7 +529,7 @@ def _from_hub(name: str) -> Path:
         try:
             folder = Path(snapshot_download(name, allow_patterns=files))
         except (OSError, ValueError) as error:  # no network, no such model, no such name
-            raise FileNotFoundError(f"{absent} cannot be fetched: {error}") from error
+            raise FileNotFoundError(f"{absent} cannot be fetched: {str(error).splitlines()[0]}") from error
         if any((folder / file).is_file() for file in files if not file.endswith("config.json")):
             return folder
     raise FileNotFoundError(f"{absent} holds no {FILES[0]} and no {' or '.join(DIFFUSERS_FILES)}")
