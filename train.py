@@ -70,9 +70,9 @@ METHODS: dict[str, tuple[str | None, bool]] = {
 }
 
 # The presets, one line per published result: the paper's Table 1 for celeba and lsun_bedroom (celeba at 0.3 is only in
-# the released code). Nothing is published for the others, so those lines are ours. The demo (digits) keeps what decides the paper's effect: GroupNorm that pruning
-# turned into instance norm, sums over C, H, W, the three lambdas, clip 1.0; how long and how fast it learns fits a CPU.
-# A --prune between two lines of a data set takes the next one.
+# the released code). Nothing is published for the others, so those lines are ours. The demo (digits) keeps what decides
+# the paper's effect: GroupNorm that pruning turned into instance norm, sums over C, H, W, the three lambdas, clip 1.0;
+# how long and how fast it learns fits a CPU. A --prune between two lines of a data set takes the next one.
 COLUMNS = ("dataset", "prune", "steps", "batch_size", "lr", "clip", "ema", "dropout",
            "lambda_diff", "lambda_out", "lambda_feat")  # fmt: skip
 PRESETS: list[dict[str, Any]] = [
