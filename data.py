@@ -3,7 +3,7 @@
     data = load("digits")                                     # or load("folder", "path/to/images", image_size=64)
     index = batch_indices(len(data.images), 32, step, seed)   # (B,) which images step `step` sees
     x0 = to_float(data.images[index])                         # (B, C, H, W) in [-1, 1]
-    x0 = random_flip(x0, generator) if data.flip else x0
+    x0 = mirror(x0, torch.rand(len(x0)) < 0.5) if data.flip else x0
 
     for pixels in batches(data, 32, seed, start=step):        # the same images, fetched a few steps ahead
         x0 = to_float(pixels.to(device, non_blocking=True))
@@ -646,8 +646,6 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def random_flip(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mirrors each sample of x (B, C, H, W) left to right with probability 1/2, as the generator decides."""
-    where = x.device if generator is None else generator.device
-    mirrored = torch.rand(len(x), generator=generator, device=where) < 0.5  # (B,)
-    return torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+def mirror(x: Tensor, which: Tensor) -> Tensor:
+    """Samples of x (B, C, H, W) mirrored left to right where `which` (B,) is true, the others as they are."""
+    return torch.where(which[:, None, None, None], x.flip(-1), x)

@@ -445,7 +445,7 @@ def batch(
     x0 = data.to_float(pixels.to(device, non_blocking=True))  # (B, C, H, W)
     if flip:
         mirrored = torch.rand(settings.batch_size, generator=generator, device=device)[rows] < 0.5  # (B,)
-        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        x0 = data.mirror(x0, mirrored)
     noise = torch.randn(settings.batch_size, *x0.shape[1:], generator=generator, device=device)[rows]  # (B, C, H, W)
     t = process.sample_t(settings.batch_size, generator=generator, device=device)[rows]  # (B,)
     return x0, noise, t

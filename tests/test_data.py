@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, utils
 
 import data
-from data import DATASETS, Images, OnTheFly, batch_indices, batches, load, random_flip, to_float, to_uint8
+from data import DATASETS, Images, OnTheFly, batch_indices, batches, load, mirror, to_float, to_uint8
 
 RNG = np.random.default_rng(0)
 
@@ -812,12 +812,9 @@ def test_pixels_of_the_wrong_type():
         to_uint8(torch.zeros(2, dtype=torch.uint8))
 
 
-def test_flip_is_decided_by_sample_and_by_generator():
-    x = torch.arange(3.0).expand(1000, 2, 3, 3)
-    flipped = random_flip(x, torch.Generator().manual_seed(0))
-    mirrored = flipped[:, 0, 0, 0] == 2
-    assert 440 < mirrored.sum() < 560
-    assert torch.equal(flipped[mirrored], x.flip(-1)[mirrored])
-    assert torch.equal(flipped[~mirrored], x[~mirrored])
-    assert torch.equal(flipped, random_flip(x, torch.Generator().manual_seed(0)))
-    assert not torch.equal(flipped, random_flip(x, torch.Generator().manual_seed(1)))
+def test_mirror_turns_the_named_samples_and_no_others():
+    x = torch.arange(3.0).expand(4, 2, 3, 3)
+    which = torch.tensor([True, False, False, True])
+    mirrored = mirror(x, which)
+    assert torch.equal(mirrored[which], x[which].flip(-1)) and not torch.equal(mirrored[which], x[which])
+    assert torch.equal(mirrored[~which], x[~which])
