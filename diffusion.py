@@ -10,15 +10,21 @@ the losses and the training loop never ask which process they serve:
     loss = (prediction - process.target(x0, noise, t)).square().mean()
     images = process.sample(net.eval(), (16, 3, 64, 64), steps=100).clamp(-1, 1)
 
+A network may also predict its variance: then it has 2 C channels, and the second half says where between its two bounds
+the log-variance of a sampling step lies. `Guided(net, scale, null)` is a network that is guided away from no condition.
+
 Symbols: B batch, C channels, T number of training timesteps, a_t = prod_{i <= t} (1 - beta_i) ("alpha_bar").
-Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, arXiv 2010.02502).
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, arXiv 2010.02502), learned variance (Nichol
+and Dhariwal 2021, arXiv 2102.09672), guidance (Ho and Salimans 2022, arXiv 2207.12598).
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Net = Callable[[Tensor, Tensor, dict[str, Tensor] | None], Tensor]
 
@@ -29,23 +35,26 @@ class DDPM:
     Args:
         steps: T, the number of training timesteps; timesteps are the integers 0 .. T - 1.
         beta_start, beta_end: variance of the noise added by the first and by the last timestep, in (0, 1).
+        spacing: which timesteps a sampler of few steps visits, see `timesteps`.
 
     Attributes: `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU.
 
     Raises:
-        ValueError: `steps` below 1, or not 0 < beta_start <= beta_end < 1.
+        ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown spacing.
     """
 
-    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2):
+    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2, spacing: str = "leading"):
+        if spacing not in ("leading", "linspace"):
+            raise ValueError(f"spacing must be 'leading' or 'linspace', not {spacing!r}")
         if steps < 1:
             raise ValueError(f"DDPM needs at least 1 timestep, got steps={steps}; the published models use 1000")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        self.steps = steps
+        self.steps, self.spacing = steps, spacing
         self.betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64).float()  # (T,)
         self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
         self._a = [*self.alpha_bar.tolist(), 1.0]  # for the sampler; a_{-1} = 1, the clean image, is where -1 finds it
-        self._alpha_bar_on: dict[torch.device, Tensor] = {}
+        self._on: dict[tuple[str, torch.device], Tensor] = {}  # tables, copied to each device once
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """q(x_t | x0): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (DDPM eq. 4).
@@ -63,14 +72,57 @@ class DDPM:
                 "add_noise needs x0 and noise of one shape (B, C, ...) and integer t of shape (B,), got "
                 f"x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)} {t.dtype}"
             )
-        if x0.device not in self._alpha_bar_on:  # copied to each device once
-            self._alpha_bar_on[x0.device] = self.alpha_bar.to(x0.device)
-        a = self._alpha_bar_on[x0.device][t].reshape(-1, *[1] * (x0.ndim - 1))  # (B, 1, 1, 1)
+        a = self._at(t, x0, "alpha_bar")  # (B, 1, 1, 1)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network is to predict from x_t: here the noise itself. Same shapes as `add_noise`."""
         return noise
+
+    def _at(self, t: Tensor, like: Tensor, name: str) -> Tensor:
+        """Row t of a table of this process, (B, 1, 1, 1) or with columns (columns, B, 1, 1, 1), where `like` is."""
+        if (name, like.device) not in self._on:
+            self._on[name, like.device] = getattr(self, name).to(like.device)
+        return self._on[name, like.device][..., t].unflatten(-1, (-1, *[1] * (like.ndim - 1)))
+
+    @cached_property
+    def _posterior(self) -> Tensor:
+        """(4, T): q(x_{t-1} | x_t, x0) has the mean row 0 * x0 + row 1 * x_t and the log-variance row 2; row 3 is
+        log beta_t. The variance at t = 0 would be 0; that of t = 1 stands in for it (DDPM eq. 7)."""
+        betas = self.betas.double()
+        a = (1 - betas).cumprod(0)  # (T,)
+        before = F.pad(a[:-1], (1, 0), value=1.0)  # (T,), a_{t-1}
+        variance = betas * (1 - before) / (1 - a)
+        variance[0] = variance[min(1, len(variance) - 1)] if len(variance) > 1 else betas[0]
+        means = betas * before.sqrt() / (1 - a), (1 - before) * (1 - betas).sqrt() / (1 - a)
+        return torch.stack([*means, variance.log(), betas.log()]).float()
+
+    def _reverse(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of p(x_{t-1} | x_t), of an output (B, 2C, ...); only the second half has a gradient."""
+        (eps, v), a = output.float().chunk(2, dim=1), self._at(t, x_t, "alpha_bar")
+        x0 = (x_t - (1 - a).sqrt() * eps.detach()) / a.sqrt()  # (B, C, ...)
+        of_x0, of_x_t, low, high = self._at(t, x_t, "_posterior")  # (B, 1, 1, 1) each
+        return of_x0 * x0 + of_x_t * x_t, low + (v + 1) / 2 * (high - low)
+
+    def bound(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, teacher_output: Tensor | None = None) -> Tensor:
+        """The variational bound at t, from which the learned variance learns; bits per element, mean of the batch: ().
+
+        KL of the true step x_t -> x_{t-1} from the network's (Nichol and Dhariwal, L_vlb), or with `teacher_output` of
+        the teacher's step from the network's (TinyFusion); at t = 0 the negative log-likelihood of the 8-bit x0.
+
+        output, teacher_output  (B, 2C, ...); the gradient reaches the second half of `output` alone
+        x0, x_t                 (B, C, ...);  t (B,)
+        """
+        mean, log_variance = self._reverse(output, x_t, t)
+        if teacher_output is None:
+            of_x0, of_x_t, true_log_variance, _ = self._at(t, x_t, "_posterior")
+            true_mean = of_x0 * x0 + of_x_t * x_t
+        else:
+            true_mean, true_log_variance = (part.detach() for part in self._reverse(teacher_output, x_t, t))
+        gap = true_log_variance - log_variance
+        kl = 0.5 * (gap.exp() - gap - 1 + (true_mean - mean).square() * (-log_variance).exp())  # (B, C, ...)
+        nats = torch.where(t.reshape(-1, *[1] * (x0.ndim - 1)) == 0, _nll(x0, mean, 0.5 * log_variance), kl)
+        return nats.mean() / math.log(2)
 
     def sample_t(
         self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -93,6 +145,7 @@ class DDPM:
     def timesteps(self, steps: int) -> list[int]:
         """The timesteps that a sampler of `steps` steps visits, noisiest first, evenly spaced down to 0.
 
+        Spacing "linspace": from T - 1 on, as in guided diffusion and DiT. "leading": as in ddim, from T - T / steps on.
         Where `steps` divides T they are the published range(0, T, T // steps), reversed. Otherwise the published rule
         visits more than `steps` of them (T = 1000, steps = 300: 334); here there are always exactly `steps`, with
         gaps that differ by at most one.
@@ -104,6 +157,8 @@ class DDPM:
             raise ValueError(
                 f"the sampler takes 1 to {self.steps} steps, got steps={steps}; 100 is the published number"
             )
+        if self.spacing == "linspace":
+            return [round(i * (self.steps - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
         return [i * self.steps // steps for i in reversed(range(steps))]
 
     @torch.no_grad()
@@ -125,7 +180,8 @@ class DDPM:
             net: called as `net(x_t, t, cond)` with t (B,) int64, in the mode it is in: call `net.eval()` first.
             shape: (B, C, *spatial) of the result.
             cond: handed to the network unchanged.
-            eta: 0 is deterministic given the starting noise, 1 as noisy as ancestral DDPM sampling.
+            eta: 0 is deterministic given the starting noise; 1 is ancestral DDPM sampling, with the variance that the
+                network has learned if it predicts one.
             noise: the starting point, of `shape`; the same for several networks makes their samples comparable.
             generator: source of the starting noise and, with eta > 0, of each step's; a CPU one serves any device.
                 A list of them, one per sample, makes a sample independent of its batch.
@@ -135,7 +191,7 @@ class DDPM:
 
         Raises:
             ValueError: `steps` outside 1 .. T, `eta` outside [0, 1], `noise` not of `shape`, or a network whose
-                prediction is not of `shape`.
+                prediction is neither of `shape` nor, with a variance, of twice as many channels.
         """
         ts = self.timesteps(steps)
         if not 0 <= eta <= 1:
@@ -148,10 +204,11 @@ class DDPM:
         x = _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)  # (B, C, H, W)
         pairs = list(zip(ts, ts[1:] + [-1], strict=True))
         for t, t_next in pairs if progress is None else progress(pairs):
-            eps = net(x, torch.full(x.shape[:1], t, device=x.device), cond)
+            output = net(x, torch.full(x.shape[:1], t, device=x.device), cond).float()
+            eps, v = split(output, x.shape[1])
             if eps.shape != x.shape:
-                raise ValueError(f"the network must predict noise of shape {tuple(x.shape)}, got {tuple(eps.shape)}")
-            x = self.step(x, eps.float(), t, t_next, eta, generator)
+                raise ValueError(f"the network must predict noise of shape {tuple(x.shape)}, got {tuple(output.shape)}")
+            x = self.step(x, eps, t, t_next, eta, generator, v)
         return x
 
     def step(
@@ -162,16 +219,59 @@ class DDPM:
         t_next: int,
         eta: float = 0.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        v: Tensor | None = None,
     ) -> Tensor:
         """One DDIM step from timestep t to t_next < t, given the predicted noise eps; t_next = -1 is the clean image.
 
         x, eps and the result: (B, C, *spatial). Coefficients are Python floats: no tables to move, nothing to wait for.
+        v: where the log-variance of an ancestral step (eta = 1) lies, -1 at its lower bound, 1 at its upper one.
         """
         a, a_next = self._a[t], self._a[t_next]
-        sigma = eta * math.sqrt((1 - a / a_next) * (1 - a_next) / (1 - a))
+        beta = 1 - a / a_next  # of this step, which may span several timesteps
+        sigma = eta * math.sqrt(beta * (1 - a_next) / (1 - a))
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
-        return x + sigma * _randn(x.shape, generator, x.device) if sigma > 0 else x
+        if sigma == 0:
+            return x
+        noise = _randn(x.shape, generator, x.device)
+        if eta < 1 or v is None:
+            return x + sigma * noise
+        low, high = 2 * math.log(sigma), math.log(beta)
+        return x + (0.5 * (low + (v + 1) / 2 * (high - low))).exp() * noise
+
+
+class Guided(nn.Module):
+    """A network guided away from no condition: u + scale (c - u) of its outputs c with and u without `cond`.
+
+    Args:
+        net: takes `cond`, and `null` in its place.
+        scale: 1 is the network itself, more follows the condition more closely.
+        null: the `cond` of one sample that stands for none, as `net.no_condition()` gives it.
+        channels: how many are guided, the others are those of c; None: those of x_t, never those of the variance.
+    """
+
+    def __init__(self, net: nn.Module, scale: float, null: dict[str, Tensor], channels: int | None = None):
+        super().__init__()
+        self.net, self.scale, self.null, self.channels = net, scale, null, channels
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        both = {key: torch.cat([value, self.null[key].to(value).expand_as(value)]) for key, value in cond.items()}
+        with_cond, without = self.net(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)  # (B, C or 2C, ...)
+        k = x_t.shape[1] if self.channels is None else self.channels
+        c, u = with_cond[:, :k], without[:, :k]
+        return torch.cat([u + self.scale * (c - u), with_cond[:, k:]], dim=1)
+
+
+def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The prediction (B, channels, ...) in an output, and where its variance lies, if it has 2 `channels`, or None."""
+    return output.chunk(2, dim=1) if output.shape[1] == 2 * channels else (output, None)
+
+
+def _nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """-log of the probability, in nats, that a Gaussian rounded to the 8-bit levels of [-1, 1] gives x; same shapes."""
+    high = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp()).where(x < 0.999, 1.0)
+    low = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp()).where(x > -0.999, 0.0)
+    return -(high - low).clamp(min=1e-12).log()
 
 
 def _randn(

@@ -3,11 +3,14 @@
 A network is `net(x_t, t, cond=None) -> prediction`: x_t (B, C, H, W), t (B,), cond a dict of tensors or None. Here are
 
 - `UNet`, the pixel-space network of DDIM (https://arxiv.org/abs/2010.02502) and of Diff-Pruning
-  (https://arxiv.org/abs/2305.10924); its parameters carry ddim's names, so public checkpoints fit as they are;
+  (https://arxiv.org/abs/2305.10924), and `DiT`, the transformer on latents (https://arxiv.org/abs/2212.09748); their
+  parameters carry the original names, so public checkpoints fit as they are;
 - `net.save(folder)` and `load(folder)`: model.safetensors + config.json, never a pickle;
 - `load_checkpoint`, `public_teacher` and again `load`, which read the networks that others published;
 - `prune_channels`, which removes a share of the channels of every layer and returns a smaller network of its own, and
   `accumulate_gradients`, from which it can tell which channels matter;
+- `prune_depth`, which keeps some of the blocks, and ways to choose them: `uniform_blocks`, `random_blocks`,
+  `block_influence`, `learned_blocks`;
 - `Tapped`, which also reads the features between the blocks, for FitNet distillation (https://arxiv.org/abs/1412.6550).
 
     teacher = UNet(64, dropout=0.1)                 # CelebA, 78.7 M parameters
@@ -15,16 +18,18 @@ A network is `net(x_t, t, cond=None) -> prediction`: x_t (B, C, H, W), t (B,), c
     student.save("student")
     student = load("student")
 
-Letters in shape comments: B batch, C channels, H W height and width, D width of the time embedding.
+Letters in shape comments: B batch, C channels, H W height and width, N tokens, D width of tokens or time embedding.
 """
 
 import argparse
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -48,6 +53,11 @@ class Network(nn.Module):
     """What all networks have: `config`, a dict for JSON that rebuilds them by `type(net)(**net.config)`, and `save`."""
 
     config: dict
+    shape: tuple[int, int, int]  # (C, H, W) of what it takes
+
+    def no_condition(self) -> dict[str, Tensor] | None:
+        """The `cond` of one sample that stands for none, as guidance needs it; None for a network without condition."""
+        return None
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes model.safetensors and config.json into `folder`; `load(folder)` gives the network back, bit for bit.
@@ -220,6 +230,7 @@ class UNet(Network):
         if image_size % 2 ** (levels - 1):
             raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times, once between two levels")
 
+        self.shape = (in_channels, image_size, image_size)
         self.plan = plan = _Plan(widths, norm_groups)
         fulls = [channels * mult for mult in channel_mults]
         attends = [image_size // 2**i in attention_resolutions for i in range(levels)]
@@ -313,9 +324,179 @@ class UNet(Network):
         return list(self.plan.features)
 
 
+# ---- DiT -------------------------------------------------------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, 1, D): adaptive layer norm's affine part."""
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Self-attention between all tokens: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP with adaLN-Zero: the condition c (B, D) sets shift, scale and gate of both; h (B, N, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential()
+        self.mlp.fc1, self.mlp.act, self.mlp.fc2 = nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)  # (B, 1, D)
+        h = h + gate1 * self.attn(modulate(self.norm1(h), shift1, scale1))
+        return h + gate2 * self.mlp(modulate(self.norm2(h), shift2, scale2))
+
+
+class DiT(Network):
+    """The diffusion transformer of Peebles and Xie (arXiv 2212.09748), with the parameter names of their code.
+
+    `net(x_t, t, {"y": labels}) -> prediction`: (B, in_channels, H, W), (B,), (B,) int64 -> (B, out_channels, H, W).
+
+    input_size       height and width of x_t (latents: an eighth of the image)
+    patch_size       side of the squares of x_t that become one token each
+    hidden_size      width D of a token; depth: number of blocks; mlp_ratio: width of an MLP / D
+    num_classes      labels are 0 .. num_classes - 1; num_classes itself means "no class"
+    class_dropout_prob  share of the labels that training replaces by "no class", for classifier-free guidance; at 0
+                     that label does not exist. The training loop draws, so that student and teacher see the same
+    learn_sigma      out_channels = 2 in_channels: the prediction, then what the variance is interpolated with
+
+    The default is DiT-XL/2 for 256x256 images. ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+    ):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config = config
+        if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
+            raise ValueError("the sizes of a DiT must be positive")
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"a DiT needs an input_size in multiples of patch_size and a hidden_size in multiples of num_heads and "
+                f"4, not {input_size}, {patch_size}, {hidden_size}, {num_heads}"
+            )
+        self.shape = (in_channels, input_size, input_size)
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.t_embedder = nn.Module()
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.y_embedder = nn.Module()
+        self.y_embedder.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
+        # a fixed table, but a parameter, as upstream, where it counts among them
+        grid = input_size // patch_size
+        self.pos_embed = nn.Parameter(position_table(grid, hidden_size)[None], requires_grad=False)  # (1, N, D)
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = nn.Module()
+        self.final_layer.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.final_layer.linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, the output as 0
+        for parent in (*self.blocks, self.final_layer):
+            nn.init.zeros_(parent.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "DiT":
+        """For all parameters but the fixed table of positions."""
+        super().requires_grad_(requires_grad)
+        self.pos_embed.requires_grad_(False)
+        return self
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        """x_t (B, C, H, W), t (B,) integers or floats, cond {"y": (B,) int64} -> (B, out_channels, H, W)."""
+        if x_t.shape[1:] != self.shape:
+            raise ValueError(f"x_t must be {('B', *self.shape)}, not {tuple(x_t.shape)}")
+        if not cond or "y" not in cond:
+            raise ValueError('this DiT needs the classes, cond = {"y": labels (B,)}')
+        h = self.x_embedder.proj(x_t).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
+        c = self.t_embedder.mlp(frequencies(t, 256).to(h.dtype))  # (B, D)
+        c = c + self.y_embedder.embedding_table(cond["y"])  # (B, D)
+        for block in self.blocks:
+            h = block(h, c)  # (B, N, D)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D)
+        h = self.final_layer.linear(modulate(self.final_layer.norm_final(h), shift, scale))  # (B, N, p * p * C_out)
+        rows, p = self.shape[1] // self.config["patch_size"], self.config["patch_size"]
+        return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, C_out, H, W)
+
+    def no_condition(self) -> dict[str, Tensor] | None:
+        """The `cond` of one sample that means "no class", () each; None if the network was made without it."""
+        return {"y": torch.tensor(self.config["num_classes"])} if self.config["class_dropout_prob"] > 0 else None
+
+    def keep_blocks(self, keep: list[int]) -> "DiT":
+        """An independent DiT of these blocks, in this order."""
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("blocks.")}
+        for new, old in enumerate(keep):
+            block = self.blocks[old].state_dict().items()
+            state |= {f"blocks.{new}.{name}": tensor for name, tensor in block}
+        return _build(DiT, {**self.config, "depth": len(keep)}, state).train(self.training)
+
+    def feature_layers(self) -> list[str]:
+        """Names of the layers whose outputs feature distillation compares: the blocks."""
+        return [f"blocks.{i}" for i in range(len(self.blocks))]
+
+    def attention_macs(self) -> int:
+        """Multiply-adds of the products inside attention, for one image: no layer makes them, so counters miss them."""
+        tokens = self.pos_embed.shape[1]
+        return len(self.blocks) * 2 * tokens**2 * self.config["hidden_size"]
+
+
+def frequencies(t: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines of t at dim / 2 frequencies from 1 down to just above 1e-4: (B,) -> (B, dim), float32."""
+    freqs = torch.exp(torch.arange(dim // 2, dtype=torch.float32, device=t.device) * (-math.log(10000) / (dim // 2)))
+    angles = t.float()[:, None] * freqs  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
+
+
+def position_table(grid: int, dim: int) -> Tensor:
+    """The fixed positions of grid x grid tokens, (grid^2, dim): sines and cosines of the column, then of the row."""
+    place = torch.arange(grid, dtype=torch.float64)
+    angles = place[:, None] * 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (grid, dim / 4)
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
+    column, row = one.expand(grid, -1, -1), one[:, None].expand(-1, grid, -1)  # (grid, grid, dim / 2)
+    return torch.cat([column, row], dim=2).flatten(0, 1).float()  # (grid^2, dim)
+
+
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
-NETWORKS = {"UNet": UNet}  # what a config.json may name as its "class"
+NETWORKS = {"UNet": UNet, "DiT": DiT}  # what a config.json may name as its "class"
 
 
 def load(folder: str | os.PathLike) -> Network:
@@ -812,6 +993,190 @@ def _score(group, taylor: bool) -> Tensor:
     return sum(score for score in scores if len(score) == len(scores[0]))
 
 
+# ---- Depth pruning ---------------------------------------------------------------------------------------------------
+# Works on every network with a list `blocks` of blocks that keep the shape of what they pass on, and `keep_blocks`.
+
+
+def prune_depth(net: Network, keep: int | Sequence[int]) -> Network:
+    """A shallower, independent copy of `net` that has only the blocks `keep`: their indices, or how many, then evenly.
+
+    ValueError for indices that are not there, not growing, or none at all.
+    """
+    depth = len(net.blocks)
+    keep = uniform_blocks(depth, keep) if isinstance(keep, int) else [int(i) for i in keep]
+    if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= depth:
+        raise ValueError(f"keep must hold growing block numbers from 0 to {depth - 1}, not {keep}")
+    return net.keep_blocks(keep)
+
+
+def uniform_blocks(depth: int, n: int) -> list[int]:
+    """n of `depth` blocks, evenly spaced from the first to the last (28, 14: the scheme of BK-SDM in TinyFusion)."""
+    if not 1 <= n <= depth:
+        raise ValueError(f"of {depth} blocks 1 to {depth} can stay, not {n}")
+    return [round(i * (depth - 1) / max(n - 1, 1)) for i in range(n)]
+
+
+def random_blocks(depth: int, n: int, seed: int) -> list[int]:
+    """n of `depth` blocks, drawn from `seed`; the first and the last stay, for they talk to the layers outside."""
+    ends = [0, depth - 1][-n:] if n < 2 else [0, depth - 1]
+    inner = torch.randperm(depth - 2, generator=torch.Generator().manual_seed(seed))[: n - len(ends)] + 1
+    return sorted({*ends, *inner.tolist()})
+
+
+@torch.no_grad()
+def block_influence(
+    net: Network, process: Any, x0: Tensor, noise: Tensor, cond: dict[str, Tensor] | None = None, progress: bool = True
+) -> Tensor:
+    """How much each block changes what it passes on, 1 - cos(in, out) averaged over tokens and timesteps: (depth,).
+
+    ShortGPT's block influence (arXiv 2403.03853), measured where the network works: on properly noised inputs, once at
+    each of the process's timesteps.
+
+    x0, noise, cond  B samples and their conditions; timestep t is seen with sample t mod B
+    """
+    training, sums = net.training, torch.zeros(len(net.blocks), dtype=torch.float64)
+    cosines: dict[int, Tensor] = {}
+
+    def watch(i: int, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        before, after = args[0] if args else kwargs["hidden_states"], output if args else output[-1]  # (B, N, D) each
+        cosines[i] = F.cosine_similarity(before.float(), after.float(), dim=-1).mean().double().cpu()
+
+    hooks = [block.register_forward_hook(partial(watch, i), with_kwargs=True) for i, block in enumerate(net.blocks)]
+    net.eval()
+    try:
+        timesteps = torch.arange(process.steps, device=x0.device)
+        for t in tqdm(timesteps.split(len(x0)), desc="block influence", disable=not progress):
+            part = None if cond is None else {key: value[: len(t)] for key, value in cond.items()}
+            net(process.add_noise(x0[: len(t)], noise[: len(t)], t), t, part)
+            sums += torch.stack([cosines[i] for i in range(len(sums))]) * len(t)
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
+    return (1 - sums / process.steps).float()
+
+
+class GatedDepth(nn.Module):
+    """A network in which every group of consecutive blocks draws, sample by sample, which of them act.
+
+    TinyFusion's differentiable choice (arXiv 2412.01199): the blocks form g groups of M, of each of which N may stay.
+    A group has one logit for each of its C(M, N) options; a forward pass draws one by the straight-through
+    Gumbel-softmax, and a block that is switched off passes on what it got. All blocks are computed, so the loss
+    reaches the logits.
+
+    keep       number of blocks that stay; the groups are as small as they can be: 14 of 28 are 14 groups of 1:2
+    lora_rank  the network learns to live without the dropped blocks through low-rank updates of this rank at every
+               linear layer, its own weights frozen; 0: through its own weights
+
+    `tau` is the temperature; `choice(gates)` the blocks that the logits (g, options) favour. Hooks on the blocks of
+    `net` stay: give it a copy.
+    """
+
+    def __init__(self, net: Network, keep: int, lora_rank: int = 8):
+        super().__init__()
+        depth = len(net.blocks)
+        if not 1 <= keep < depth:
+            raise ValueError(f"of {depth} blocks 1 to {depth - 1} can be chosen, not {keep}")
+        groups = math.gcd(depth, keep)
+        size, stay = depth // groups, keep // groups
+        if (count := math.comb(size, stay)) > 5000:
+            raise ValueError(f"{keep} of {depth} blocks give {count:,} options a group, too many to choose from")
+        device = next(net.parameters()).device
+        options = [[float(i in option) for i in range(size)] for option in itertools.combinations(range(size), stay)]
+        self.net, self.tau = net, 1.0
+        self.register_buffer("options", torch.tensor(options, device=device))  # (options, M)
+        self.gates = nn.Parameter(torch.full((groups, len(options)), 0.02, device=device))
+        self.mask = None
+        for i, block in enumerate(net.blocks):
+            block.register_forward_hook(partial(self._switch, i), with_kwargs=True)
+        if lora_rank:
+            net.requires_grad_(False)
+            for layer in [layer for layer in net.modules() if isinstance(layer, nn.Linear)]:
+                nn.utils.parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, lora_rank))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None, hard: bool = False) -> Tensor:
+        """As the network; `hard`: with the favoured options instead of drawn ones."""
+        if hard:
+            one_hot = F.one_hot(self.gates.argmax(1), len(self.options)).float().expand(len(x_t), -1, -1)
+        else:  # the factor 100 makes a learning rate fit for weights fit for logits
+            logits = 100 * self.gates.expand(len(x_t), -1, -1)  # (B, g, options)
+            one_hot = F.gumbel_softmax(logits, self.tau, hard=True)  # (B, g, options)
+        self.mask = (one_hot @ self.options).flatten(1)  # (B, depth)
+        try:
+            return self.net(x_t, t, cond)
+        finally:
+            self.mask = None
+
+    def _switch(self, i: int, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if self.mask is None:
+            return output
+        on = self.mask[:, i, None, None]  # (B, 1, 1)
+        blend = lambda before, after: (on * after + (1 - on) * before).to(after.dtype)  # noqa: E731
+        if args:
+            return blend(args[0], output)
+        context, tokens = output  # of MMDiT's blocks; the last one has no context to pass on
+        context = None if context is None else blend(kwargs["encoder_hidden_states"], context)
+        return context, blend(kwargs["hidden_states"], tokens)
+
+    def choice(self, gates: Tensor) -> list[int]:
+        """The blocks that stay, of the logits (g, options)."""
+        return self.options[gates.argmax(1)].flatten().nonzero().flatten().tolist()
+
+
+class LoRA(nn.Module):
+    """weight (out, in) -> weight + 2 B A with A (rank, in), B (out, rank), B = 0 at the start (arXiv 2106.09685)."""
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        rank = min(rank, *weight.shape)
+        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=weight.shape[1] ** -0.5))
+        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 2 * self.up @ self.down
+
+
+def learned_blocks(
+    net: Network,
+    keep: int,
+    loss: Callable[[nn.Module, int], Tensor],
+    steps: int,
+    *,
+    lora_rank: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[int]:
+    """The `keep` blocks that TinyFusion's learned choice would leave, for `prune_depth`; `net` stays as it is.
+
+    loss   (network, step) -> scalar: the loss of one batch for a network that is called as `net` is. Published: the
+           diffusion loss alone, batch 128, one epoch of ImageNet
+    steps  the temperature falls from 4 to 0.1 over them
+
+    Published settings: AdamW, 1e-3 for the logits, 1e-4 for the rest, clip 1, decision by an average of rate 0.999.
+    The result does not depend on torch's global random state, and leaves it as it was. ValueError for a `keep` that
+    cannot be chosen, or a loss that is not finite.
+    """
+    gated = GatedDepth(copy.deepcopy(net), keep, lora_rank).train()
+    learned = [p for p in gated.net.parameters() if p.requires_grad]
+    groups = [{"params": [gated.gates], "lr": 1e-3}, {"params": learned, "lr": 1e-4}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
+    average = gated.gates.detach().clone()
+    device = gated.gates.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        for step in tqdm(range(steps), desc="choosing blocks", disable=not progress):
+            gated.tau = 4 + (0.1 - 4) * step / max(steps - 1, 1)
+            torch.manual_seed(seed * 1_000_003 + step)
+            value = loss(gated, step)
+            if not value.isfinite():
+                raise ValueError(f"the loss at step {step} of choosing blocks is {value.item()}: nothing can be learnt")
+            value.backward()
+            nn.utils.clip_grad_norm_([gated.gates, *learned], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.lerp_(gated.gates.detach(), max(0.001, 9 / (10 + step)))  # warmed up: short runs forget the start
+    return gated.choice(average)
+
+
 # ---- Features for distillation ---------------------------------------------------------------------------------------
 
 
@@ -878,3 +1243,30 @@ def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Sum over the points of mean_B sum_CHW (student - teacher)^2, no gradient to the teacher; (B, C, H, W) each."""
     pairs = zip(student, teacher, strict=True)
     return sum(F.mse_loss(s.float(), t.detach().float(), reduction="sum") for s, t in pairs) / len(student[0])
+
+
+def masked_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """TinyFusion's: mean over the points of mean (m_S h_S - m_T h_T)^2, no gradient to the teacher; (B, N, D) each.
+
+    Each side's mask m drops what is 2 standard deviations or more from the mean of its sample (massive activations).
+    """
+
+    def masked(h: Tensor) -> Tensor:
+        std, mean = torch.std_mean(h, dim=(1, 2), keepdim=True)  # (B, 1, 1)
+        return h * ((h - mean).abs() < 2 * std)  # (B, N, D)
+
+    pairs = zip(student, teacher, strict=True)
+    return sum(F.mse_loss(masked(s.float()), masked(t.detach().float())) for s, t in pairs) / len(student)
+
+
+# Which of a deep teacher's blocks the blocks of a shallow student are compared with, where it is not the rule below:
+# published are D14 <- D28: 2i + 1, D7 <- D28: 4i + 3, D7 <- D14: 2i + 1 and these.
+LAYER_MAPS = {(4, 28): [1, 8, 15, 22], (4, 7): [1, 3, 4, 6]}
+
+
+def layer_map(student_depth: int, teacher_depth: int) -> list[int]:
+    """The teacher's block for each of the student's: the last one of as many equal stretches."""
+    if student_depth > teacher_depth:
+        raise ValueError(f"a student of {student_depth} blocks cannot be mapped to a teacher of {teacher_depth}")
+    rule = [math.ceil((i + 1) * teacher_depth / student_depth) - 1 for i in range(student_depth)]
+    return LAYER_MAPS.get((student_depth, teacher_depth), rule)
