@@ -12,6 +12,7 @@ the losses and the training loop never ask which process they serve:
 
 A network may also predict its variance: then it has 2 C channels, and the second half says where between its two bounds
 the log-variance of a sampling step lies. `Guided(net, scale, null)` is a network that is guided away from no condition.
+`DDPM` predicts noise at integer timesteps; `RectifiedFlow`, with the same methods, a velocity at times t = 1000 s.
 
 Symbols: B batch, C channels, T number of training timesteps, a_t = prod_{i <= t} (1 - beta_i) ("alpha_bar").
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, arXiv 2010.02502), learned variance (Nichol
@@ -290,3 +291,124 @@ def _device_of(net: Net, source: Tensor | torch.Generator | Sequence[torch.Gener
     parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     given = source if parameter is None else parameter
     return torch.device("cpu") if given is None else given.device
+
+
+class RectifiedFlow:
+    """Velocity prediction on straight lines from data to noise, z_s = (1 - s) x0 + s noise, sampled by Euler steps.
+
+    The network gets t = 1000 s as floats, so it may be the same as for DDPM. Sources: Liu et al. 2022 (arXiv
+    2209.03003); logit-normal times and shift: Esser et al. 2024, "SD3" (arXiv 2403.03206), section 3.1 and eq. 23.
+
+    Args:
+        shift: m moves all times, in training and in sampling, towards the noise: s -> m s / (1 + (m - 1) s). SD3 takes
+            3; 1 leaves them. It is applied once. (diffusers' FlowMatchEulerDiscreteScheduler applies it twice when it
+            is asked for a NUMBER of steps: 4 steps at shift 3 visit t = 1000, 857.7, 602.2, 8.9. Given the sigmas of
+            `RectifiedFlow().timesteps(4)` / 1000, as diffusers' own Flux pipeline does, it visits ours: 1000, 900, 750,
+            500.)
+
+    Attribute: `steps`, how many units of t there are, 1000.
+
+    Raises:
+        ValueError: a `shift` that is not above 0.
+    """
+
+    steps = 1000
+
+    def __init__(self, shift: float = 1.0):
+        if not 0 < shift < math.inf:
+            raise ValueError(f"RectifiedFlow needs a shift above 0, got {shift}; SD3 takes 3, and 1 shifts nothing")
+        self.shift = shift
+
+    def _shifted(self, s):
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_s = (1 - s) x0 + s noise with s = t / 1000.
+
+        Args:
+            x0, noise: (B, C, *spatial), any number of spatial axes. t: (B,) in [0, 1000], on the device of x0.
+
+        Returns: (B, C, *spatial), float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: shapes that differ, or a `t` that is not one number per sample.
+        """
+        if x0.shape != noise.shape or t.shape != x0.shape[:1]:
+            raise ValueError(
+                "add_noise needs x0 and noise of one shape (B, C, ...) and t of shape (B,), got "
+                f"x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}"
+            )
+        s = (t / self.steps).reshape(-1, *[1] * (x0.ndim - 1))  # (B, 1, 1, 1)
+        return (1 - s) * x0 + s * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is to predict from z_s: the velocity d z_s / d s = noise - x0, at every time the same."""
+        return noise - x0
+
+    def sample_t(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Times for one training batch, (batch,) float32 in (0, 1000): logit-normal (mean 0, std 1), then shifted.
+
+        The draw is made on the generator's device, so a CPU generator gives the same times on every machine.
+
+        Raises:
+            ValueError: `batch` below 1.
+        """
+        if batch < 1:
+            raise ValueError(f"sample_t needs a batch of at least 1, got {batch}")
+        where = device if generator is None else generator.device
+        s = torch.randn(batch, generator=generator, device=where).sigmoid()
+        return (self.steps * self._shifted(s)).to(device or where)
+
+    def timesteps(self, steps: int) -> list[float]:
+        """The times t that a sampler of `steps` steps visits, noisiest first: s = 1, 1 - 1/steps, .., 1/steps, shifted.
+
+        The last step goes from the last of them to s = 0.
+
+        Raises:
+            ValueError: `steps` outside 1 .. 1000.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"the sampler takes 1 to {self.steps} steps, got steps={steps}; SD3 takes 28")
+        return [self.steps * self._shifted(i / steps) for i in range(steps, 0, -1)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        net: Net,
+        shape: Sequence[int],
+        steps: int = 28,
+        cond: dict[str, Tensor] | None = None,
+        *,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        progress: Callable[[Iterable], Iterable] | None = None,
+    ) -> Tensor:
+        """Draws samples with `steps` Euler steps, from pure noise to an image; otherwise as `DDPM.sample`.
+
+        Raises:
+            ValueError: `steps` outside 1 .. 1000, an `eta` other than 0 (the flow is deterministic), `noise` not of
+                `shape`, or a network whose prediction is not of `shape`.
+        """
+        ts = self.timesteps(steps)
+        if eta != 0:
+            raise ValueError(f"a flow is sampled without new noise: eta must be 0, got {eta}")
+        if noise is not None and noise.shape != tuple(shape):
+            raise ValueError(
+                f"the starting noise must have the shape of the samples, {tuple(shape)}, not {tuple(noise.shape)}"
+            )
+        device = _device_of(net, generator if noise is None else noise)
+        z = _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)  # (B, C, H, W)
+        pairs = list(zip(ts, ts[1:] + [0.0], strict=True))
+        for t, t_next in pairs if progress is None else progress(pairs):
+            v = net(z, torch.full(z.shape[:1], t, device=z.device), cond)
+            if v.shape != z.shape:
+                raise ValueError(f"the network must predict a velocity of shape {tuple(z.shape)}, got {tuple(v.shape)}")
+            z = self.step(z, v.float(), t, t_next)
+        return z
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        """One Euler step from time t to t_next < t, given the predicted velocity v; t_next = 0 is the clean image."""
+        return z + (t_next - t) / self.steps * v

@@ -47,8 +47,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
+import foreign
 from diffusion import DDPM
-from models import FILES, load
+from models import FILES
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
 FLOOR = "real, held out"  # the name of the row that sets real images against real ones
@@ -887,7 +888,7 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
             raise ValueError(f"--num needs --dataset, the real images: choose from {', '.join(data.DATASETS)}")
         nets, shape = {}, None
         for name, folder in (pair for path in options.runs for pair in networks(path).items()):
-            net = load(folder)
+            net = foreign.load(folder)
             shape = shape or (net.config["in_channels"], *[net.config["image_size"]] * 2)
             if name in nets or shape != (net.config["in_channels"], *[net.config["image_size"]] * 2):
                 raise ValueError(

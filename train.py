@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import foreign
 import lift_place
 from diffusion import DDPM
 from evaluate import find_device, rank_and_world
@@ -50,10 +51,8 @@ from models import (
     accumulate_gradients,
     feature_channels,
     feature_loss,
-    load,
     load_checkpoint,
     prune_channels,
-    public_teacher,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,7 +645,7 @@ def prepare(settings: Settings) -> Run:
         else:
             own = teacher_settings(settings)
             kept = Path(own.out) / "teacher"
-            teacher = load(kept) if (kept / "config.json").exists() else None
+            teacher = foreign.load(kept) if (kept / "config.json").exists() else None
             teacher_checkpoint = read_checkpoint(own, Path(own.out)) if teacher is None else None
     student = None if settings.student is None else open_network("--student", settings.student, settings, images)
     probe = torch.zeros(1, *images.images.shape[1:])  # (1, C, H, W)
@@ -670,7 +669,7 @@ def open_network(name: str, where: str, settings: Settings, images: data.Images)
         net = new_network(settings, images)
         load_checkpoint(net, where)
     else:
-        net = public_teacher(settings.dataset) if where == "auto" else load(where)
+        net = foreign.public_teacher(settings.dataset) if where == "auto" else foreign.load(where)
     for key, value in {"image_size": images.images.shape[-1], "in_channels": images.images.shape[1]}.items():
         if net.config[key] != value:
             raise ValueError(

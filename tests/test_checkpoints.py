@@ -15,8 +15,9 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-import models
-from models import PUBLIC, UNet, download, load, load_checkpoint, public_teacher
+import foreign
+from foreign import PUBLIC, download, load, public_teacher
+from models import UNet, load_checkpoint
 
 TINY = {"image_size": 8, "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
 
@@ -250,7 +251,7 @@ def test_the_published_config_is_that_of_our_table():
         **DDPM,
     }
     with torch.device("meta"):
-        assert UNet(**models._diffusers_config(config)).config == UNet(**PUBLIC["lsun_church"].unet).config
+        assert UNet(**foreign._diffusers_config(config)).config == UNet(**PUBLIC["lsun_church"].unet).config
 
 
 @pytest.mark.parametrize(
@@ -286,14 +287,14 @@ def test_settings_that_a_config_leaves_out_are_those_of_diffusers():
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(UNet2DModel.__init__).parameters.items()
     }
-    needed = models.DIFFUSERS_NEEDED
-    assert {name: defaults[name] for name in needed} == {**needed, **models.DIFFUSERS_DEFAULTS}
-    assert {name: needed[name] for name in models.DIFFUSERS_DEFAULTS} == DDPM
+    needed = foreign.DIFFUSERS_NEEDED
+    assert {name: defaults[name] for name in needed} == {**needed, **foreign.DIFFUSERS_DEFAULTS}
+    assert {name: needed[name] for name in foreign.DIFFUSERS_DEFAULTS} == DDPM
     for name in DDPM:
         config = {"_class_name": "UNet2DModel", **SMALL}
         del config[name]
         with pytest.raises(ValueError, match=f"setting {name}"):
-            models._diffusers_config(config)
+            foreign._diffusers_config(config)
 
 
 def test_a_diffusers_folder_without_weights_says_so(tmp_path):
@@ -481,7 +482,7 @@ def public(server, tmp_path, monkeypatch):
     """A data set `dots` with a public teacher on the local server."""
     torch.save(a_net(1).state_dict(), tmp_path / "remote.pt")
     server.content = (tmp_path / "remote.pt").read_bytes()
-    entry = models.Public("dots.pt", server.url, hashlib.md5(server.content).hexdigest(), TINY, "google/dots")
+    entry = foreign.Public("dots.pt", server.url, hashlib.md5(server.content).hexdigest(), TINY, "google/dots")
     monkeypatch.setitem(PUBLIC, "dots", entry)
     return entry
 
