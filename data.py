@@ -5,19 +5,23 @@
     x0 = to_float(data.images[index])                         # (B, C, H, W) in [-1, 1]
     x0 = mirror(x0, torch.rand(len(x0)) < 0.5) if data.flip else x0
 
-    for pixels in batches(data, 32, seed, start=step):        # the same images, fetched a few steps ahead
+    for pixels, cond in batches(data, 32, seed, start=step):  # the same images, fetched a few steps ahead
         x0 = to_float(pixels.to(device, non_blocking=True))
+
+    python data.py encode --vae stabilityai/sd-vae-ft-ema --data IMAGES --out LATENTS     # images to latents, once
 
 Images are decoded and resized once, into a memory-mapped file below `runs/cache/`; after that an epoch costs no
 decoding. What lies there may be deleted at any time. Sets too large to keep (LSUN bedroom: 596 GB) are decoded whenever
 they are indexed.
-Units: pixels are uint8 0 .. 255 at rest, float32 -1 .. 1 in the network.
+Units: pixels are uint8 0 .. 255 at rest, float32 -1 .. 1 in the network; latents are scaled to about unit variance.
 """
 
+import argparse
 import difflib
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -55,10 +59,21 @@ CELEBA_IMAGE, CELEBA_FACE = (178, 218), (25, 57, 25 + 128, 57 + 128)  # width, h
 class Images(NamedTuple):
     """One split of one data set."""
 
-    images: "np.ndarray | OnTheFly"  # (N, C, H, W) uint8, in memory, memory-mapped read-only, or decoded when indexed
+    # (N, C, H, W) uint8, in memory, memory-mapped read-only or decoded when indexed; latents: (N, 2, C, H, W) float32
+    images: "np.ndarray | OnTheFly | Latents"
     labels: np.ndarray | None  # (N,) int64 class numbers from 0, or None
     name: str
     flip: bool  # may a training step mirror these images left to right?
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return tuple(self.images.shape[-3:])
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """How latents were made, see `encode`; None for pixels."""
+        return getattr(self.images, "record", None)
 
 
 def load(
@@ -74,10 +89,11 @@ def load(
     """Loads a split of a data set by name; `DATASETS` lists them.
 
     Args:
-        name: `digits` (embedded), `folder` (any folder of images), `celeba`, `lsun_bedroom`, `lsun_church`, `cifar10`.
-        data: where the files are; `folder` needs it, `digits` has none. The others take a folder with the official
-            files, packed or unpacked, or any folder of images, and say on stderr which it was; None means the folder
-            `data` below the working directory, to which celeba and cifar10 are downloaded if they are not there.
+        name: `digits` (embedded), `folder` (any folder of images), `celeba`, `lsun_bedroom`, `lsun_church`, `cifar10`,
+            `latents` (what `encode` wrote), `imagenet` (the same, of ImageNet).
+        data: where the files are; `folder` and latents need it, `digits` has none. The others take a folder with the
+            official files, packed or unpacked, or any folder of images, and say on stderr which it was; None means the
+            folder `data` below the working directory, to which celeba and cifar10 are downloaded if they are not there.
         image_size: height and width in pixels; None takes the default of the data set.
         split: `train`, `test` or `all`. The official splits where there are some; a folder has no test part.
         seed: of the split of digits; the same seed gives the same split.
@@ -144,12 +160,17 @@ def _folder(data, image_size, split, seed, channels, cache, *, name="folder", wa
     files = _image_files(folder, wanted)
     if name != "folder":
         _say(f"{name}: no {' or '.join(wanted)} in {folder}, so its {len(files):,} images are taken as a plain folder")
-    groups = [file.partition("/")[0] for file in files] if all("/" in file for file in files) else None
-    number = {group: i for i, group in enumerate(sorted(set(groups or [])))}
-    labels = groups and [number[group] for group in groups]
+    labels = _labels(files)
     stamps = str(folder), [(file, *_stamp(folder / file)[1:]) for file in files]
     source = Source(folder.name, files, lambda file: folder / file, stamps, labels)
     return _decoded(source, image_size, channels, cache, face)
+
+
+def _labels(files: list[str]) -> list[int] | None:
+    """The numbers of the sub-folders, in the order of their names, in which the files lie; None if not all do."""
+    groups = [file.partition("/")[0] for file in files]
+    number = {group: i for i, group in enumerate(sorted(set(groups)))}
+    return [number[group] for group in groups] if all("/" in file for file in files) else None
 
 
 def _celeba(data, image_size, split, seed, channels, cache):
@@ -269,10 +290,36 @@ def _cifar10(data, image_size, split, seed, channels, cache):
     return images, np.concatenate([batch["labels"] for batch in contents]).astype(np.int64)
 
 
+def _latents(data, image_size, split, seed, channels, cache):
+    """Latents of images of `image_size`, from `encode` or in TinyFusion's layout; there is one split."""
+    if data is None:
+        raise ValueError(
+            "latents need --data, the folder that `python data.py encode --vae VAE --data IMAGES --out FOLDER` wrote"
+        )
+    if split == "test":
+        raise ValueError("a folder of latents has no test split: encode held-out images into a folder of their own")
+    folder = Path(data).resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; data must name a folder of latents")
+    if (folder / RECORD).exists():
+        latents = Shards(folder)
+        if image_size is not None and latents.record["image_size"] != image_size:
+            raise ValueError(
+                f"{folder} holds latents of images of {latents.record['image_size']} pixels, not of {image_size}: "
+                f"use --image-size {latents.record['image_size']}"
+            )
+        return latents, latents.labels
+    features, labels = sorted(folder.glob("*_features")), sorted(folder.glob("*_labels"))
+    if not features or not labels:
+        raise ValueError(f"{folder} holds no latents: neither {RECORD} nor the folders *_features and *_labels")
+    latents = OnePerFile(features[0])
+    return latents, latents.read_labels(labels[0], cache)
+
+
 class Dataset(NamedTuple):
     load: Callable
-    image_size: int  # default
-    channels: int  # default
+    image_size: int | None  # default; None: what the files say
+    channels: int | None
     flip: bool
 
 
@@ -283,6 +330,8 @@ DATASETS = {
     "lsun_bedroom": Dataset(partial(_lsun, "lsun_bedroom", "bedroom"), image_size=256, channels=3, flip=True),
     "lsun_church": Dataset(partial(_lsun, "lsun_church", "church_outdoor"), image_size=256, channels=3, flip=True),
     "cifar10": Dataset(_cifar10, image_size=32, channels=3, flip=True),
+    "latents": Dataset(_latents, image_size=None, channels=None, flip=True),
+    "imagenet": Dataset(_latents, image_size=256, channels=None, flip=True),
 }
 
 
@@ -592,8 +641,8 @@ def batches(
     rows: slice = slice(None),
     workers: int = 2,
     pin: bool | None = None,
-) -> Iterator[Tensor]:
-    """The pixels of steps start, start + 1, ... without end, fetched by threads a few steps ahead.
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The images of steps start, start + 1, ... without end, fetched by threads a few steps ahead.
 
     Args:
         batch: images per step, over all ranks.
@@ -602,16 +651,21 @@ def batches(
         pin: in page-locked memory, so that `.to(device, non_blocking=True)` overlaps; None: if there is a GPU.
 
     Yields:
-        images.images[batch_indices(len(images.images), batch, step, seed)[rows]], a tensor (B, C, H, W) uint8.
+        images.images[batch_indices(len(images.images), batch, step, seed)[rows]], a tensor (B, C, H, W) uint8 or
+        (B, 2, C, H, W) float32, and their labels {"y": (B,) int64}, or {} if there are none.
 
     Raises:
         what indexing the images raises, at the step that it concerns. Closing the generator stops the threads.
     """
     pin = torch.cuda.is_available() if pin is None else pin
 
-    def fetch(step: int) -> Tensor:
-        pixels = torch.from_numpy(images.images[batch_indices(len(images.images), batch, step, seed)[rows]])
-        return pixels.pin_memory() if pin else pixels
+    def fetch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        index = batch_indices(len(images.images), batch, step, seed)[rows]
+        pixels = torch.from_numpy(images.images[index])
+        cond = {} if images.labels is None else {"y": torch.from_numpy(images.labels[index])}
+        return (
+            (pixels.pin_memory(), {key: value.pin_memory() for key, value in cond.items()}) if pin else (pixels, cond)
+        )
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -649,3 +703,232 @@ def to_uint8(x: Tensor) -> Tensor:
 def mirror(x: Tensor, which: Tensor) -> Tensor:
     """Samples of x (B, C, H, W) mirrored left to right where `which` (B,) is true, the others as they are."""
     return torch.where(which[:, None, None, None], x.flip(-1), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+RECORD = "latents.json"  # in a folder of latents: how they were made
+SHARD = 8192  # images in a file of latents
+
+
+class Latents:
+    """Latents (N, 2, C, H, W), of an image and of its mirror image, indexed as an array: (B, 2, C, H, W) float32."""
+
+    record: dict[str, Any]  # as in RECORD
+    shape: tuple[int, ...]
+    dtype = np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        rows = np.arange(len(self))[index]
+        latents = np.empty((rows.size, *self.shape[1:]), np.float32)
+        self._read(rows.reshape(-1), latents)
+        return latents.reshape(*rows.shape, *self.shape[1:])
+
+
+class Shards(Latents):
+    """What `encode` wrote into `folder`.
+
+    Raises:
+        ValueError, FileNotFoundError: the record or a shard is damaged, or one is missing.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            self.record = json.loads((folder / RECORD).read_text("utf-8"))
+            n, size = self.record["count"], self.record["size"]
+            self.shape = (n, 2, *size)
+            self.shards = []
+            for i in range(math.ceil(n / self.record["shard"])):
+                shard = np.load(_shard(folder, i), mmap_mode="r")
+                if shard.shape != (min(self.record["shard"], n - i * self.record["shard"]), 2, *size):
+                    raise ValueError(f"{_shard(folder, i).name} is of shape {shard.shape}")
+                self.shards.append(shard)
+            self.labels = np.load(folder / "labels.npy") if self.record["classes"] else None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error.filename} is missing: run the command that encoded into {folder} again, that completes it"
+            ) from error
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"{folder} holds damaged latents ({error}): remove that file and encode again") from error
+
+    def _read(self, rows: np.ndarray, latents: np.ndarray) -> None:
+        shards, inside = rows // self.record["shard"], rows % self.record["shard"]
+        for i in np.unique(shards):
+            latents[shards == i] = self.shards[i][inside[shards == i]]
+
+
+class OnePerFile(Latents):
+    """TinyFusion's layout: a folder with n.npy, float32 (2, C, H, W), for image n; nothing says which VAE made them."""
+
+    def __init__(self, folder: Path):
+        self.files = sorted(folder.glob("*.npy"), key=lambda file: file.name)
+        if not self.files:
+            raise ValueError(f"{folder} holds no .npy files")
+        self.shape = (len(self.files), *np.load(self.files[0], mmap_mode="r").shape[-4:])
+        self.record = {"vae": None, "count": len(self.files), "size": list(self.shape[2:])}
+
+    def _read(self, rows: np.ndarray, latents: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            latents[i] = np.load(self.files[row]).reshape(self.shape[1:])
+
+    def read_labels(self, folder: Path, cache: Path) -> np.ndarray:
+        """The numbers in the files of `folder` that are called as the latents, (N,) int64; read once, then cached."""
+        key = hashlib.sha256(repr((folder.resolve(), len(self), self.files[-1].stat().st_mtime_ns)).encode())
+        path = cache / f"labels-{key.hexdigest()[:16]}.npy"
+        if not path.exists():
+            if missing := [file.name for file in self.files if not (folder / file.name).exists()]:
+                raise FileNotFoundError(f"{folder / missing[0]} is missing, the label of {missing[0]} of the latents")
+            names = tqdm([file.name for file in self.files], desc="labels", unit="file", disable=len(self) < 1000)
+            with ThreadPoolExecutor() as pool:
+                labels = list(pool.map(lambda name: int(np.load(folder / name).reshape(())), names))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.npy")
+            np.save(part, np.asarray(labels, np.int64))
+            os.replace(part, path)
+        return np.load(path)
+
+
+def _shard(folder: Path, i: int) -> Path:
+    return folder / f"latents-{i:05d}.npy"
+
+
+def encode(
+    vae: Any,
+    images: Path,
+    out: Path,
+    *,
+    image_size: int = 256,
+    batch: int = 32,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, Any]:
+    """Writes the latents of all images below a folder, and of their mirror images, into shards that `load` reads.
+
+    latents-00000.npy, ... hold SHARD images each, (n, 2, C, H, W) float16; labels.npy the numbers of the sub-folders;
+    latents.json the record: VAE and its fingerprint, scaling and shift, how images were cut, seed, count. A latent is
+    a sample of the VAE's posterior, a function of (seed, number of the image) alone. Shards appear when they are whole,
+    so the same call goes on where it was; of several processes number `rank` of `world` makes every world-th one.
+
+    Args:
+        vae: a `foreign.Vae`, on its device.
+        image_size: of the square that is cut out as ADM does (guided diffusion, `center_crop`).
+
+    Returns: the record.
+
+    Raises:
+        ValueError: no images, too many unreadable ones, or `out` holds latents that were made otherwise.
+        OSError: no room on the disk.
+    """
+    files = _image_files(images)
+    labels = _labels(files)
+    if image_size % vae.factor:
+        raise ValueError(f"--image-size {image_size} is no multiple of {vae.factor}, by which the VAE shrinks images")
+    record = {
+        **vae.record,
+        "size": [vae.channels, image_size // vae.factor, image_size // vae.factor],
+        "image_size": image_size,
+        "preprocessing": "ADM centre crop; [image, mirror image], posterior samples",
+        "seed": seed,
+        "images": hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        "classes": len(set(labels)) if labels else 0,
+        "count": len(files),
+        "shard": SHARD,
+        "dtype": "float16",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / RECORD).exists():
+        former = json.loads((out / RECORD).read_text("utf-8"))
+        differ = [f"{key} was {former.get(key)}, is {record[key]}" for key in record if former.get(key) != record[key]]
+        if differ:
+            raise ValueError(f"{out} holds latents that were made otherwise ({', '.join(differ)}): give another --out")
+    elif rank == 0:
+        size, free = 4 * len(files) * math.prod(record["size"]), shutil.disk_usage(out).free
+        if size > free:
+            raise OSError(f"the latents take {size / 1e9:.1f} GB and {out} has room for {free / 1e9:.1f} GB")
+        if labels:
+            np.save(out / "labels.npy", np.asarray(labels, np.int64))
+        (out / f"{RECORD}.part").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        os.replace(out / f"{RECORD}.part", out / RECORD)
+    decode = lambda file: _adm(images / file, image_size)  # noqa: E731
+    pixels = OnTheFly(files, labels and np.asarray(labels), decode, (3, image_size, image_size))
+    starts = range(0, len(files), SHARD)
+    todo = [i for i in range(rank, len(starts), world) if not _shard(out, i).exists()]
+    total = sum(min(SHARD, len(files) - starts[i]) for i in todo)
+    with tqdm(total=total, desc="encoding", unit="img", disable=rank > 0) as bar:
+        for i in todo:
+            rows = np.arange(starts[i], min(starts[i] + SHARD, len(files)))
+            part = out / f"{_shard(out, i).name}.part{rank}"
+            shard = np.lib.format.open_memmap(part, "w+", np.float16, (len(rows), 2, *record["size"]))
+            for first in range(0, len(rows), batch):
+                some = rows[first : first + batch]
+                x = torch.from_numpy(pixels[some])  # (B, 3, H, W)
+                both = torch.stack([x, x.flip(-1)], dim=1).flatten(0, 1)  # (2B, 3, H, W)
+                noise = [
+                    np.random.default_rng((seed, row)).standard_normal((2, *record["size"]), np.float32) for row in some
+                ]
+                latents = vae.encode(both, torch.from_numpy(np.concatenate(noise)))  # (2B, C, h, w)
+                shard[first : first + len(some)] = latents.unflatten(0, (-1, 2)).numpy()
+                bar.update(len(some))
+            shard.flush()
+            os.replace(part, _shard(out, i))
+    return record
+
+
+def _adm(file: Path, image_size: int) -> np.ndarray:
+    """One image as (3, image_size, image_size) uint8: the square that ADM cuts out of it (guided diffusion, MIT)."""
+    from PIL import Image
+
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    while min(image.size) >= 2 * image_size:  # halve with a box filter first: the bicubic one then meets no aliasing
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+    left, top = ((side - image_size) // 2 for side in image.size)
+    pixels = np.asarray(image)[top : top + image_size, left : left + image_size]  # (H, W, 3)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (3, H, W)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of `encode`. Returns the exit code: 0, or 2 and one sentence on stderr."""
+    import foreign
+
+    parser = argparse.ArgumentParser("data.py", description="Images to latents, for training in latent space.")
+    command = parser.add_subparsers(required=True, metavar="encode").add_parser("encode", description=encode.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = command.add_argument
+    add("--vae", required=True, help="folder or Hugging Face id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema")
+    add("--data", required=True, type=Path, help="folder of images; sub-folders are classes")
+    add("--out", required=True, type=Path, help="folder for the latents")
+    add("--image-size", type=int, default=256, help="pixels [%(default)s]")
+    add("--batch", type=int, default=32, help="images at a time [%(default)s]")
+    add("--seed", type=int, default=0, help="of the samples of the posterior [%(default)s]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    options = parser.parse_args(arguments)
+    # torchrun's processes share nothing but the folder
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if options.device == "cuda" and world > 1 else options.device
+    try:
+        for name in ("image_size", "batch"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+        vae = foreign.Vae(options.vae, device)
+        sizes = {"image_size": options.image_size, "batch": options.batch, "seed": options.seed}
+        record = encode(vae, options.data, options.out, **sizes, rank=rank, world=world)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    if rank == 0:
+        print(
+            f"{record['count']:,} images, latents {tuple(record['size'])}, {record['classes']} classes: {options.out}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

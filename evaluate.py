@@ -13,6 +13,7 @@ What every run measures, and on what:
     teacher_mse        mean squared distance to the teacher's final samples from the same noise, in [-1, 1] units
     saturated          share of pixels with |x| > 1.2: how far the sampler left the range of images
     non_finite         number of generated images that hold a NaN or an infinity
+    right_class        of networks that are told the class: share of the samples that the digit classifier finds in it
 
 The first four see what a viewer sees, samples clamped to [-1, 1] and rounded to 8 bits; the last three see the raw
 output of the sampler. None of these compares with numbers from an Inception network, and a Frechet distance shrinks as
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 import data
 import foreign
-from diffusion import DDPM
+from diffusion import DDPM, Guided
 from models import FILES
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
@@ -65,6 +66,8 @@ COLORS = {  # one per method, the same in every picture, apart for colour-blind 
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
 MAY_DIFFER = {"kd", "seeds", "out", "device", "log", "log_every", "save_every"}  # settings of runs that share one table
 
+# How --num samples where neither the command nor the run says so.
+SAMPLER = {"sample_steps": 100, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "vae": None}
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
 Extract = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, D)
 
@@ -117,17 +120,18 @@ def machine() -> dict[str, str | int]:
 
 
 def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
-    """Multiply-adds of one forward pass of one image of `shape` (C, H, W), by default the size that `net.config` names.
+    """Multiply-adds of one forward pass of one sample of `shape` (C, H, W), by default `net.shape`.
 
-    Counted by torch-pruning, as in the paper: convolutions, linear layers and norms, not the products inside attention.
-    Runs on the meta device, where tensors have a shape but no numbers: it costs next to nothing.
+    Counted by torch-pruning, as in the paper: convolutions, linear layers and norms; the products inside attention for
+    transformers only (there the paper's counter knows them). Runs on the meta device, where tensors have a shape but no
+    numbers: it costs next to nothing.
     """
     from torch_pruning.utils import count_ops_and_params
 
-    if shape is None:
-        shape = (net.config["in_channels"], net.config["image_size"], net.config["image_size"])
-    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    return int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t))[0])
+    x, t = torch.empty(1, *(net.shape if shape is None else shape), device="meta"), torch.empty(1, device="meta")
+    cond = {"y": torch.empty(1, dtype=torch.int64, device="meta")} if "y" in net.conditions else {}
+    counted = int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t, cond))[0])
+    return counted + (net.attention_macs() if hasattr(net, "attention_macs") else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,11 +153,13 @@ def sample_batches(
     net: nn.Module,
     process,
     rows: Sequence[int],
-    shape: tuple[int, int, int],
     *,
     seed: int,
     steps: int,
     eta: float = 0.0,
+    cond: dict[str, Tensor] | None = None,
+    guidance: float = 1.0,
+    vae=None,
     batch: int | None = None,
     device: torch.device | str | None = None,
     bf16: bool = False,
@@ -161,6 +167,9 @@ def sample_batches(
     label: str = "",
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The images numbered `rows`, a batch at a time: (their numbers, samples (b, C, H, W) float32 where the net is).
+
+    cond: the conditions of all images, not only of `rows`. guidance: scale of classifier-free guidance, 1 for none.
+    vae: a `foreign.Vae` that makes images of latents.
 
     Image i is a function of (seed, i), its start noise and with eta > 0 the noise on its way too; `batch` changes it by
     no more than the rounding of the network's arithmetic. None: 256, and on CUDA twice as many each time, up to 2048,
@@ -173,17 +182,21 @@ def sample_batches(
     size, most = batch or 256, batch or (2048 if kind == "cuda" else 256)
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
+    guided = guidance != 1 and net.conditions
+    called = Guided(net, guidance, net.no_condition(), net.guided_channels) if guided else net
     bar = tqdm(total=len(rows), desc=label or "sampling", unit="img", disable=not progress, leave=False)
     done = 0
     try:
         while done < len(rows):
             part, x = list(rows[done : done + size]), None
-            noise = torch.cat([start_noise(1, shape, seed, i) for i in part])  # (b, C, H, W)
+            noise = torch.cat([start_noise(1, net.shape, seed, i) for i in part])  # (b, C, H, W)
+            theirs = {key: value[part].to(next(net.parameters()).device) for key, value in (cond or {}).items()}
             # on the CPU, so that a seed means the same on every device
             on_the_way = [torch.Generator().manual_seed(_mix(seed, i)) for i in part] if eta else None
             try:
                 with torch.autocast(kind, torch.bfloat16, enabled=bf16):
-                    x = process.sample(net, noise.shape, steps, eta=eta, noise=noise, generator=on_the_way)
+                    x = process.sample(called, noise.shape, steps, theirs, eta=eta, noise=noise, generator=on_the_way)
+                x = x if vae is None else vae.decode(x)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -206,16 +219,22 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def sample(net: nn.Module, process, n: int, shape: tuple[int, int, int], **options) -> Tensor:
-    """n final samples (n, C, H, W), float32 on the CPU, in [-1, 1] units but NOT clamped; `shape` is (C, H, W).
+def sample(net: nn.Module, process, n: int, **options) -> Tensor:
+    """n final samples (n, C, H, W), float32 on the CPU, in [-1, 1] units but NOT clamped.
 
     options: those of `sample_batches`, seed and steps among them. Networks sampled with one seed can be compared image
     by image, for they start from the same noise.
     """
-    images = torch.empty(n, *shape)
-    for rows, x in sample_batches(net, process, range(n), shape, **options):
-        images[rows] = x.cpu()
-    return images
+    return torch.cat([x.cpu() for _, x in sample_batches(net, process, range(n), **options)])
+
+
+def decoded(vae, latents: data.Images, n: int) -> np.ndarray:
+    """The images (n, 3, H, W) uint8 behind n latents (not mirrored), evenly spaced over all of them."""
+    rows = np.linspace(0, len(latents.images) - 1, min(n, len(latents.images))).round().astype(int)
+    parts = [
+        vae.decode(torch.from_numpy(latents.images[part][:, 0])) for part in np.array_split(rows, -(-len(rows) // 64))
+    ]
+    return data.to_uint8(torch.cat(parts)).numpy()
 
 
 def open_samples(
@@ -265,7 +284,7 @@ def fill(images: np.ndarray, done: np.ndarray, net: nn.Module, process, **option
     """
     rank, world = rank_and_world()
     todo = [i for i in range(rank, len(done), world) if not done[i]]
-    for rows, x in sample_batches(net, process, todo, images.shape[1:], **options):
+    for rows, x in sample_batches(net, process, todo, **options):
         images[rows] = data.to_uint8(x.nan_to_num()).cpu().numpy()
         images.flush()  # the image first, then the word that it is there
         done[rows] = np.where(x.flatten(1).isfinite().all(1).cpu().numpy(), 1, 2)
@@ -544,8 +563,11 @@ def score(
     teacher_samples: Tensor | None,
     real: Tensor | np.ndarray,
     classifier: DigitClassifier | None = None,
+    labels: Tensor | None = None,
 ) -> dict[str, float | int | None]:
     """The `SCORES` of samples (n, C, H, W) in [-1, 1] units, not clamped, against real images (N, C, H, W) uint8.
+
+    With the `labels` (n,) that the samples were made for, `right_class` too: the share that the classifier recognises.
 
     `teacher_samples` come from the same noise; None leaves teacher_mse None (real images in the place of samples).
     A sampler that diverged is reported, not hidden: with any non-finite image the Frechet distances and teacher_mse are
@@ -563,7 +585,10 @@ def score(
         extract = digits or pixels
         precision, recall = precision_recall(extract(real), extract(images), k=5)
     mse = None if teacher_samples is None else (samples.double() - teacher_samples).square().mean().item()
-    return {
+    right = {}
+    if classifier and labels is not None:
+        right = {"right_class": (classifier.predict(images) == labels[finite]).double().sum().item() / len(samples)}
+    return right | {
         "frechet_pixels": distance(pixels),
         "frechet_digits": distance(digits) if digits else None,
         "precision": precision * len(images) / len(samples),
@@ -584,12 +609,13 @@ def protocol(
     eta: float,
     ema: float,
     seed: int,
+    guidance: float | None = None,
     classifier: DigitClassifier | None = None,
 ) -> str:
     """One line that says how the numbers of a table came about.
 
     n_real, n_fake, n_floor: images of the train split, of each network, of the held-out split (0: there is none).
-    ema: rate of the weight average that was sampled. seed: of the starting noise.
+    ema: rate of the weight average that was sampled. seed: of the starting noise. guidance: of networks with classes.
     """
     features, on = "", "the same pixels"
     if classifier:
@@ -598,7 +624,8 @@ def protocol(
     return (
         f"Frechet px: pixels in [-1, 1]; {features}precision, recall (k=5): {on}; these on samples clamped to [-1, 1] "
         f"and rounded to 8 bits, MSE and saturated (|x| > 1.2) on raw samples; {n_real} real, {n_fake} generated"
-        f"{f', {n_floor} held out' if n_floor else ''}; {sampler}, {steps} steps, eta {eta:g}; EMA {ema:g}; seed {seed}"
+        f"{f', {n_floor} held out' if n_floor else ''}; {sampler}, {steps} steps, eta {eta:g}"
+        f"{'' if guidance is None else f', guidance {guidance:g}, classes in turn'}; EMA {ema:g}; seed {seed}"
     )
 
 
@@ -619,6 +646,7 @@ def rows(metrics: dict) -> list[dict]:
     for row in found:
         measured = not row.keys().isdisjoint(SCORES)
         row |= {key: None if not measured or row[key] is None else float(row[key]) for key in SCORES}
+        row.setdefault("right_class", None)
         if row["method"] != FLOOR:
             row["parameters"] = int(row["parameters"])
     return found
@@ -639,12 +667,13 @@ def table(rows: list[dict]) -> str:
     full = next((size for method, size in groups if method == "teacher"), None)
 
     lines = [["method", "Frechet px", "Frechet digits", "precision", "recall", "MSE to teacher", "saturated"]]
-    lines[0] += ["params", "% of teacher", "seconds"]
+    lines[0] += ["right class", "params", "% of teacher", "seconds"]
     for (method, size), group in groups.items():
         lost = int(sum(row["non_finite"] or 0 for row in group))
         notes = [f"n={len(group)}"] * (len(group) > 1) + [f"{lost} not finite"] * (lost > 0)
         line = [f"{method} ({', '.join(notes)})" if notes else method]
         line += [_mean_std([row[key] for row in group]) for key in SCORES[:-1]]
+        line.append(_mean_std([row.get("right_class") for row in group]))
         line += [f"{size:,}", f"{100 * size / full:.2f}" if full else "-"] if size else ["-", "-"]
         lines.append([*line, _mean_std([row.get("seconds") for row in group])])
     return _aligned(lines)
@@ -848,8 +877,11 @@ def main(arguments: list[str] | None = None, extract: Extract | None = None) -> 
     add("--real", type=int, default=50_000, help="how many of them at most, evenly spaced [%(default)s]")
     add("--mode", choices=MODES, default=MODES[0], help=f"as in clean-fid [%(default)s]; the paper: {MODES[1]}")
     add("--seed", type=int, default=0, help="of the starting noise [%(default)s]")
-    add("--sample-steps", type=int, default=100, help="DDIM steps [%(default)s]")
-    add("--eta", type=float, default=0.0, help="DDIM eta, 0 deterministic .. 1 [%(default)s]")
+    add("--sample-steps", type=int, help="DDIM steps [as the run's, else 100]")
+    add("--eta", type=float, help="DDIM eta, 0 deterministic .. 1 ancestral [as the run's, else 0]")
+    add("--spacing", choices=("leading", "linspace"), help="of the timesteps [as the run's, else leading]")
+    add("--guidance", type=float, help="scale of classifier-free guidance, 1: none [as the run's, else 1]")
+    add("--vae", help="of networks on latents: folder or hub id [as the run's]")
     add("--batch", type=int, help="images at a time [what fits on a GPU, 256 on a CPU]")
     add("--compile", action="store_true", help="torch.compile the networks: slow to start, faster to sample")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
@@ -873,6 +905,22 @@ def networks(path: Path) -> dict[str, Path]:
     return {f"{name}-{folder.name}" if len(students) > 1 else name: folder for folder in students or [path]}
 
 
+def sampler_of(runs: list[Path]) -> dict:
+    """How the runs among these folders sampled, from their config.json.
+
+    Raises:
+        ValueError: they differ, so one table over them would compare samplers.
+    """
+    found = {}
+    for run in runs:
+        path = run / "config.json"
+        settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        for name in SAMPLER:
+            if "kd" in settings and found.setdefault(name, settings.get(name)) != settings.get(name):
+                raise ValueError(f"the runs were sampled with different {name}: give --{name.replace('_', '-')}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def measure(options: argparse.Namespace, extract: Extract | None) -> int:
     """Samples the networks, on all processes; compares them with the real images and prints the table, on rank 0."""
     rank = rank_and_world()[0]
@@ -880,7 +928,11 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
         for name, low in (("num", 6), ("real", 6), ("batch", 1), ("seed", 0)):
             if (value := getattr(options, name)) is not None and value < low:
                 raise ValueError(f"--{name} {value} cannot be used, it must be at least {low}")
-        process, device = DDPM(), find_device(options.device)
+        device, known = find_device(options.device), sampler_of(options.runs)
+        for name, fallback in SAMPLER.items():
+            if getattr(options, name) is None:
+                setattr(options, name, known.get(name, fallback))
+        process = DDPM(spacing=options.spacing)
         process.timesteps(options.sample_steps)  # refuses numbers out of range
         if not 0 <= options.eta <= 1:
             raise ValueError(f"--eta {options.eta} cannot be used, it must be at least 0 and at most 1")
@@ -889,25 +941,35 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
         nets, shape = {}, None
         for name, folder in (pair for path in options.runs for pair in networks(path).items()):
             net = foreign.load(folder)
-            shape = shape or (net.config["in_channels"], *[net.config["image_size"]] * 2)
-            if name in nets or shape != (net.config["in_channels"], *[net.config["image_size"]] * 2):
+            shape = shape or net.shape
+            if name in nets or shape != net.shape:
                 raise ValueError(
                     f"{folder} has the name or another image shape of one before: give it a call of its own"
                 )
             nets[name] = net
+        vae = None if options.vae is None else foreign.Vae(options.vae, device)
+        if vae is not None:
+            if shape[0] != vae.channels:
+                raise ValueError(f"--vae {options.vae} has {vae.channels} channels, the networks have {shape[0]}")
+            shape = (3, shape[1] * vae.factor, shape[2] * vae.factor)  # of the images
+        elif shape[0] not in (1, 3):
+            raise ValueError(f"these networks make latents of {shape[0]} channels: name the VAE with --vae")
         if rank == 0:
             extract = extract or Inception(options.mode, device)
             real = data.load(options.dataset, options.data, image_size=shape[1], channels=shape[0])
         settings = {"seed": options.seed, "steps": options.sample_steps, "eta": options.eta}
-        settings["bf16"] = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        room = {name: open_samples(options.out / name, nets[name], options.num, shape, **settings) for name in nets}
+        settings |= {"guidance": options.guidance, "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported()}
+        about = {**settings, "spacing": options.spacing, **({} if vae is None else vae.record)}
+        room = {name: open_samples(options.out / name, nets[name], options.num, shape, **about) for name in nets}
     except (ValueError, OSError, ImportError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     for name, net in nets.items():
         if options.compile:
             net.compile()
-        run = {"batch": options.batch, "device": device, "progress": rank == 0, "label": f"sampling {name}"}
+        run = {"batch": options.batch, "device": device, "progress": rank == 0, "label": f"sampling {name}", "vae": vae}
+        if "y" in net.conditions:  # all classes equally often
+            run["cond"] = {"y": torch.arange(options.num) % net.config["num_classes"]}
         fill(*room[name], net, process, **settings, **run)
         net.cpu()
     if rank > 0:
@@ -916,8 +978,8 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
     protocol = (
         f"features {extractor_name(extract)}, precision and recall k=5; {len(real_features)} of {len(real.images)} "
         f"images of {real.name} (train), {options.num} generated, stored in 8 bits; DDIM, "
-        f"{options.sample_steps} steps, eta {options.eta:g}; {'bf16' if settings['bf16'] else 'float32'}; "
-        f"seed {options.seed}"
+        f"{options.sample_steps} steps ({options.spacing}), eta {options.eta:g}, guidance {options.guidance:g}; "
+        f"{'bf16' if settings['bf16'] else 'float32'}; seed {options.seed}"
     )
     search = device if device.type == "cuda" else "cpu"  # in float64, which mps lacks
     for name, net in nets.items():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +45,66 @@ def load(where: str | os.PathLike) -> Network:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return models.load(folder)
+
+
+# ---- The VAE of latent diffusion -------------------------------------------------------------------------------------
+
+
+class Vae:
+    """diffusers' AutoencoderKL: images (B, 3, H, W) to latents (B, channels, H / factor, W / factor) and back.
+
+    where   a folder (also of a whole pipeline) or a Hugging Face id
+
+    `record` names it and how its latents are scaled: latent = (posterior sample - shift) * scaling.
+    ImportError without diffusers, with what to install; FileNotFoundError, ValueError if there is none at `where`.
+    """
+
+    def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise ImportError("latents need diffusers: pip install -r requirements-diffusers.txt") from error
+        folder = Path(where)
+        if not folder.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
+            raise FileNotFoundError(f"--vae {where} is neither a folder nor a Hugging Face id such as owner/name")
+        inside = {"subfolder": "vae"} if (folder / "vae" / "config.json").is_file() else {}
+        try:
+            self.net = AutoencoderKL.from_pretrained(str(where), use_safetensors=True, **inside)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"--vae {where} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self.net.requires_grad_(False).eval().to(device)
+        config, digest = self.net.config, hashlib.sha256()
+        for tensor in self.net.state_dict().values():
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        self.scaling, self.shift = config.scaling_factor, config.shift_factor or 0.0
+        self.record = {"vae": str(where), "fingerprint": digest.hexdigest()[:16]}
+        self.record |= {"scaling": self.scaling, "shift": self.shift}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Samples of the posterior, scaled: (B, 3, H, W) uint8, noise (B, channels, h, w) -> as noise, on the CPU."""
+        x = images.to(self.net.device).float() / 127.5 - 1
+        posterior = self.net.encode(x).latent_dist
+        sample = posterior.mean + posterior.std * noise.to(x.device)
+        return ((sample - self.shift) * self.scaling).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
+        """Images (B, 3, H, W) float32, about [-1, 1], where the latents (B, channels, h, w) are."""
+        x = latents / self.scaling + self.shift
+        return torch.cat([self.net.decode(part.to(self.net.device)).sample.to(part) for part in x.split(batch)])
+
+    def check(self, record: dict[str, Any]) -> None:
+        """ValueError unless this VAE is the one of the `record` of latents (see data.encode)."""
+        keys = [
+            key for key in ("fingerprint", "scaling", "shift") if record.get(key, self.record[key]) != self.record[key]
+        ]
+        if keys:
+            theirs, ours = (", ".join(f"{key} {r[key]}" for key in ("vae", *keys)) for r in (record, self.record))
+            raise ValueError(
+                f"the latents were made by another VAE ({theirs}) than this one ({ours}): name that with --vae"
+            )
 
 
 # ---- diffusers' UNet2DModel ------------------------------------------------------------------------------------------

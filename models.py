@@ -50,9 +50,12 @@ class Network(nn.Module):
 
     config: dict
     shape: tuple[int, int, int]  # (C, H, W) of what it takes
+    conditions: tuple[str, ...] = ()  # the keys of `cond` that it takes
+    condition_dropout: float = 0.0  # share of the samples whose `cond` training replaces by `no_condition()`
+    guided_channels: int | None = None  # how many channels guidance acts on; None: all
 
     def no_condition(self) -> dict[str, Tensor] | None:
-        """The `cond` of one sample that stands for none, as guidance needs it; None for a network without condition."""
+        """The `cond` of one sample that stands for none, as guidance needs it; None if there is none."""
         return None
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -399,7 +402,9 @@ class DiT(Network):
                 f"a DiT needs an input_size in multiples of patch_size and a hidden_size in multiples of num_heads and "
                 f"4, not {input_size}, {patch_size}, {hidden_size}, {num_heads}"
             )
-        self.shape = (in_channels, input_size, input_size)
+        self.shape, self.conditions = (in_channels, input_size, input_size), ("y",)
+        self.condition_dropout = class_dropout_prob
+        self.guided_channels = min(3, in_channels)  # the published sampler guides three of the four latent channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = nn.Module()
         self.x_embedder.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)

@@ -675,8 +675,9 @@ def test_folders_without_images(tmp_path, read):
 
 
 def test_every_data_set_can_be_listed():
-    assert list(DATASETS) == ["digits", "folder", "celeba", "lsun_bedroom", "lsun_church", "cifar10"]
-    assert all(dataset.image_size and dataset.channels for dataset in DATASETS.values())
+    pixels = ["digits", "folder", "celeba", "lsun_bedroom", "lsun_church", "cifar10"]
+    assert list(DATASETS) == [*pixels, "latents", "imagenet"]
+    assert all(DATASETS[name].image_size and DATASETS[name].channels for name in pixels)
 
 
 # Batches
@@ -724,7 +725,7 @@ def test_prefetched_batches_are_the_batches(folder, read):
     before = threads()
     stream = batches(images, 4, seed=3, start=2, rows=slice(1, 3), pin=False)
     for step in range(2, 12):
-        pixels = next(stream)
+        pixels, _ = next(stream)
         assert pixels.dtype == torch.uint8
         expected = images.images[batch_indices(6, 4, step, 3)[1:3]]
         np.testing.assert_array_equal(pixels, expected)
@@ -739,7 +740,7 @@ def test_prefetching_from_an_lmdb_keeps_the_order(lsun, monkeypatch):
     images = load("lsun_bedroom", lsun, image_size=8)
     stream = batches(images, 16, seed=0, workers=4)
     for step in range(30):
-        np.testing.assert_array_equal(next(stream), images.images[batch_indices(200, 16, step, 0)])
+        np.testing.assert_array_equal(next(stream)[0], images.images[batch_indices(200, 16, step, 0)])
     stream.close()
 
 
@@ -763,7 +764,7 @@ class Slow:
 def test_an_error_of_a_prefetched_batch_comes_when_that_batch_is_due():
     source, before = Slow(failing=3), threads()
     stream = batches(Images(source, None, "slow", False), 2, seed=0, workers=1, pin=False)
-    assert next(stream).shape == next(stream).shape == (2, 1, 2, 2)
+    assert next(stream)[0].shape == next(stream)[0].shape == (2, 1, 2, 2)
     with pytest.raises(OSError, match="the disk is gone"):
         next(stream)
     assert not threads() - before

@@ -13,7 +13,7 @@ from torch import nn
 import data
 import evaluate
 from diffusion import DDPM
-from models import UNet
+from models import Network, UNet
 
 SCORE = dict.fromkeys(evaluate.SCORES, 1.0) | {"non_finite": 0}
 
@@ -139,11 +139,12 @@ def test_precision_recall_at_the_ends():
 # Sampling
 
 
-class Halver(nn.Module):
+class Halver(Network):
     """Arithmetic of one element at a time, so that no batch can change it; counts its calls in train mode."""
 
     def __init__(self):
         super().__init__()
+        self.shape = (1, 4, 4)
         self.dropout = nn.Dropout(0.5)
         self.scale = nn.Parameter(torch.tensor(0.5))
 
@@ -152,7 +153,7 @@ class Halver(nn.Module):
 
 
 def draw(net, n, batch, seed=3, **options):
-    return evaluate.sample(net, DDPM(), n, (1, 4, 4), seed=seed, steps=4, batch=batch, progress=False, **options)
+    return evaluate.sample(net, DDPM(), n, seed=seed, steps=4, batch=batch, progress=False, **options)
 
 
 def test_start_noise_belongs_to_seed_and_image():
@@ -177,22 +178,20 @@ def test_samples_do_not_depend_on_the_batch():
 def test_a_real_network_samples_alike_in_every_batch():
     torch.manual_seed(0)
     net = UNet(8, in_channels=1, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4)
-    images = [
-        evaluate.sample(net, DDPM(), 6, (1, 8, 8), seed=0, steps=3, batch=batch, progress=False) for batch in (2, 6)
-    ]
+    images = [evaluate.sample(net, DDPM(), 6, seed=0, steps=3, batch=batch, progress=False) for batch in (2, 6)]
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
 def test_every_module_keeps_its_mode():
-    net = nn.ModuleDict({"inner": Halver(), "frozen": nn.Dropout().eval()})
-    net.forward = net["inner"].forward
+    net = Halver()
+    net.inner, net.frozen = Halver(), nn.Dropout().eval()
     draw(net, 2, 2)
-    assert net.training and net["inner"].dropout.training and not net["frozen"].training
+    assert net.training and net.inner.dropout.training and not net.frozen.training
 
-    net["inner"].scale.data = torch.zeros(7)  # fails inside the sampler
+    net.scale.data = torch.zeros(7)  # fails inside the sampler
     with pytest.raises(RuntimeError):
         draw(net, 2, 2)
-    assert net.training and not net["frozen"].training
+    assert net.training and not net.frozen.training
 
 
 # Sizes

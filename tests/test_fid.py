@@ -41,11 +41,12 @@ def tiny(seed):
     ).eval()
 
 
-class Wrapped(nn.Module):
+class Wrapped(models.Network):
     """A network that first calls `before` with the size of the batch."""
 
     def __init__(self, net, before):
         super().__init__()
+        self.shape = net.shape
         self.net, self.before = net, before
 
     def forward(self, x_t, t, cond=None):
@@ -87,7 +88,7 @@ def test_a_killed_sampling_goes_on_where_it_stopped(net):
     assert sum(calls) == 13 * SETTINGS["steps"]  # only what was missing
     assert not (whole[1:] == whole[:-1]).all((1, 2, 3)).any()
 
-    expected = data.to_uint8(evaluate.sample(net, DDPM(), 23, SHAPE, **SETTINGS, batch=5, progress=False))
+    expected = data.to_uint8(evaluate.sample(net, DDPM(), 23, **SETTINGS, batch=5, progress=False))
     assert (whole == expected.numpy()).all()
 
 
@@ -133,7 +134,9 @@ def test_samples_of_other_settings_are_refused_and_left_alone(net):
 
 
 def test_images_that_are_not_finite_are_marked(net):
-    class Diverging(nn.Module):
+    class Diverging(models.Network):
+        shape = SHAPE
+
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.tensor(1.0))

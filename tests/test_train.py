@@ -234,7 +234,7 @@ def test_a_ratio_between_two_presets_takes_the_next_and_all_are_listed(capsys):
     assert train.Settings(dataset="celeba", prune=0.95).steps == train.Settings(dataset="celeba", prune=0.9).steps
     assert train.main(["--list-presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(train.PRESETS) and "lambda_feat" in lines[0] and "500000" in lines[5]
+    assert len(lines) == 1 + len(train.PRESETS) and "lambda_feat" in lines[0] and "500000" in lines[6]
 
 
 # ------------------------------------------------------------------------------------------------------- the objective
@@ -252,11 +252,11 @@ def outputs():
 @pytest.mark.parametrize("method", train.METHODS)
 def test_the_objective_is_the_papers_sum(method, outputs):
     (student, target, teacher), (own, theirs) = outputs
-    settings = train.Settings(kd=(method,), lambda_diff=0.5, lambda_out=0.25, lambda_feat=2.0)
+    settings = train.Settings(kd=(method,), lambda_diff=0.5, lambda_out=0.25)
     distance, features = train.METHODS[method]
-    loss, parts = train.objective(
-        settings, method, student, target, teacher, own if features else [], theirs if features else [], None
-    )
+    batch = train.Batch(torch.zeros_like(target), target, torch.zeros(4, dtype=torch.int64), {})
+    own, theirs = (own, theirs) if features else ([], [])
+    loss, parts = train.objective(settings, DDPM(), method, batch, target, student, teacher, own, theirs, None, 2.0)
 
     def squares(a, b):
         return (a - b).square().flatten(1).sum(1).mean()
@@ -326,7 +326,8 @@ def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
     before = [adapter.weight.clone() for adapter in student.bare.adapters]
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 500])
     output, features = student.module(x, t)
-    loss, _ = train.objective(settings, "feat", output, x, None, features, tapped(x, t)[1], None)
+    batch = train.Batch(x, x, t, {})
+    loss, _ = train.objective(settings, DDPM(), "feat", batch, x, output, None, features, tapped(x, t)[1], None, 1.0)
     loss.backward()
     assert student.update(settings, 0) > 1e-3  # the norm before clipping
     assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(student.bare.adapters, before, strict=True))
@@ -426,14 +427,20 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
         8, dtype=torch.uint8
     )
 
+    labels, net = torch.arange(32), models.DiT(8, 2, 1, 8, 1, 2, num_classes=32, class_dropout_prob=0.5)
+
     def draw(seed, step, rows=slice(None)):
-        return train.batch(train.Settings(seed=seed), pixels[rows], rows, True, DDPM(), step, torch.device("cpu"))
+        settings, cond = train.Settings(seed=seed), {"y": labels[rows]}
+        drawn = train.batch(settings, pixels[rows], cond, rows, True, DDPM(), step, torch.device("cpu"), net)
+        return [*drawn[:3], drawn.cond["y"]]
 
     whole = draw(1, 7)
     assert all(torch.equal(a, b) for a, b in zip(whole, draw(1, 7), strict=True))
     assert all(torch.equal(a[8:16], b) for a, b in zip(whole, draw(1, 7, slice(8, 16)), strict=True))
     for other in (draw(2, 7), draw(1, 8)):
         assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    dropped = whole[3] == 32
+    assert 4 < dropped.sum() < 28 and torch.equal(whole[3][~dropped], labels[~dropped])
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -516,5 +523,5 @@ def test_a_teacher_that_does_not_fit_the_data_is_refused(capsys):
     net = models.UNet(16, 3, channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
     net.save("runs/rgb")
     assert train.main([*TINY, "--teacher", "runs/rgb", "--out", "runs/unfit"]) == 2
-    assert "image_size 16, the data 8" in capsys.readouterr().err
+    assert "samples of shape (3, 16, 16), but the data is (1, 8, 8)" in capsys.readouterr().err
     assert not Path("runs/unfit").exists()
