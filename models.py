@@ -903,13 +903,14 @@ def learned_blocks(
     The result does not depend on torch's global random state, and leaves it as it was. ValueError for a `keep` that
     cannot be chosen, or a loss that is not finite.
     """
-    gated = GatedDepth(copy.deepcopy(net), keep, lora_rank).train()
-    learned = [p for p in gated.net.parameters() if p.requires_grad]
-    groups = [{"params": [gated.gates], "lr": 1e-3}, {"params": learned, "lr": 1e-4}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    average = gated.gates.detach().clone()
-    device = gated.gates.device
+    device = next(net.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)  # of the low-rank updates
+        gated = GatedDepth(copy.deepcopy(net), keep, lora_rank).train()
+        learned = [p for p in gated.net.parameters() if p.requires_grad]
+        groups = [{"params": [gated.gates], "lr": 1e-3}, {"params": learned, "lr": 1e-4}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0)
+        average = gated.gates.detach().clone()
         for step in tqdm(range(steps), desc="choosing blocks", disable=not progress):
             gated.tau = 4 + (0.1 - 4) * step / max(steps - 1, 1)
             torch.manual_seed(seed * 1_000_003 + step)

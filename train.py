@@ -94,7 +94,7 @@ PRESETS: list[dict[str, Any]] = [
     for row in [
         # data set       arch    prune   steps  batch  lr    clip  ema    dropout  lambda: diff, out, feat
         ("digits",       "unet",  1.0,    1500,   32, 5e-3,  1.0, 0.99,   0.0,     1.0, 1.0, 1e-6),
-        ("digits",       "dit",   1.0,    1500,   64, 5e-4,  1.0, 0.99,   0.0,     0.1, 0.9, 1e-2),
+        ("digits",       "dit",   1.0,    1000,   64, 1e-3,  1.0, 0.99,   0.0,     0.1, 0.9, 1e-2),
         ("celeba",       "unet",  0.3,  100000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
         ("celeba",       "unet",  0.5,  200000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
         ("celeba",       "unet",  0.7,  240000,   96, 2e-4,  1.0, 0.9999, 0.1,     1.0, 1.0, 1e-6),
@@ -127,8 +127,8 @@ SHARED: dict[tuple[str, str], dict[str, Any]] = {
                                  "sample_steps": 50, "teacher": "train", "teacher_steps": 1700, "teacher_lr": 1e-3,
                                  "channels": 64},
     ("digits", "dit"): TINYFUSION | {"warmup": 50, "lr_end": 0.0, "depth_method": "random", "depth_steps": 300,
-                                     "eval_samples": 1500, "sample_steps": 50, "teacher": "train",
-                                     "teacher_steps": 4000, "teacher_lr": 1e-3, "channels": 96},
+                                     "eval_samples": 1000, "sample_steps": 50, "teacher": "train",
+                                     "teacher_steps": 2000, "teacher_lr": 3e-3, "channels": 64},
     ("celeba", "unet"): PAPER,
     ("lsun_bedroom", "unet"): PAPER | {"teacher_steps": 2_400_000, "teacher_lr": 2e-5},
     ("lsun_church", "unet"): PAPER | {"teacher_steps": 2_400_000, "teacher_lr": 2e-5},
