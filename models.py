@@ -751,9 +751,14 @@ def prune_depth(net: Network, keep: int | Sequence[int]) -> Network:
     """
     depth = len(net.blocks)
     keep = uniform_blocks(depth, keep) if isinstance(keep, int) else [int(i) for i in keep]
-    if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= depth:
-        raise ValueError(f"keep must hold growing block numbers from 0 to {depth - 1}, not {keep}")
+    check_blocks(depth, keep)
     return net.keep_blocks(keep)
+
+
+def check_blocks(depth: int, keep: Sequence[int]) -> None:
+    """ValueError unless `keep` holds growing numbers of some of `depth` blocks."""
+    if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= depth:
+        raise ValueError(f"the blocks that stay must be growing numbers from 0 to {depth - 1}, not {list(keep)}")
 
 
 def uniform_blocks(depth: int, n: int) -> list[int]:

@@ -54,6 +54,7 @@ from models import (
     UNet,
     accumulate_gradients,
     block_influence,
+    check_blocks,
     feature_channels,
     feature_loss,
     layer_map,
@@ -166,6 +167,11 @@ def preset(dataset: str, prune: float, arch: str | None = None) -> dict[str, Any
     return {"image_size": data.DATASETS[dataset].image_size, **SHARED[dataset, arch], **line}
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """ "0,2,5" -> (0, 2, 5)."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
     """A field of Settings that is also a flag. limits: choices, or low <= value <= high, above < value < below."""
     return field(default=default, metadata={"text": text, "kind": kind, **limits})
@@ -191,7 +197,9 @@ class Settings:
     image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1)
     prune: float = option(0.9, "share that pruning removes of each layer's channels, or dit: of the blocks", float,
                           low=0, below=1)  # fmt: skip
-    keep: tuple[int, ...] | None = option(None, "dit: the blocks that stay, instead of --prune", int, low=0)
+    keep: tuple[int, ...] | None = option(
+        None, "dit: the blocks that stay, as 0,2,5, instead of --prune", numbers, low=0
+    )
     depth_method: str | None = option(None, "dit: which blocks stay", choices=DEPTH_METHODS)
     depth_steps: int | None = option(None, "steps of choosing them with learned", int, low=1)
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
@@ -260,6 +268,8 @@ class Settings:
         for name in ("kd", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{flag(name)} takes one or more values, each named once")
+        if self.keep is not None and self.arch == "unet":
+            raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
         drawn = ("--importance", self.importance) if self.arch == "unet" else ("--depth-method", self.depth_method)
         if len(self.seeds) > 1 and self.dropout == 0 and (drawn[1] != "random" or self.student or self.keep):
             raise ValueError(
@@ -796,6 +806,9 @@ def prepare(settings: Settings) -> Run:
             teacher = foreign.load(kept) if (kept / "config.json").exists() else None
             teacher_checkpoint = read_checkpoint(own, Path(own.out)) if teacher is None else None
     student = None if settings.student is None else open_network("--student", settings.student, settings, images)
+    if settings.keep is not None:
+        with torch.device("meta"):
+            check_blocks(len((teacher or new_network(settings, images)).blocks), settings.keep)
     if student is not None and isinstance(student, UNet) != (settings.arch == "unet"):
         raise ValueError(f"--student {settings.student} is a {type(student).__name__}, the teacher a {settings.arch}")
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
