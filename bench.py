@@ -4,6 +4,7 @@
     python bench.py --only loss step            # some of it
     python bench.py --official ../LIFT_PLACE    # beside the authors' code, imported from a clone of it
     python bench.py --quick                     # tiny networks, one repetition: does it run?
+    python bench.py --show benchmarks/cpu.json  # the tables of a former run
 
 Seconds are medians. What is compared takes turns, so that a busy machine slows all of it; compare within one run only.
 On a GPU the networks run in bfloat16 and channels_last, as in training, with a batch of 96 instead of 8; the authors'
@@ -361,6 +362,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
+def shown(name: str, section: Row) -> str:
+    return f"{name}: {section['what']}\n\n{table(section['rows'])}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections [all]")
@@ -371,7 +376,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--quick", action="store_true", help="tiny networks, one repetition")
     parser.add_argument("--out", default="runs/bench.json", help="the JSON [runs/bench.json]")
+    parser.add_argument("--show", metavar="FILE", help="measure nothing, print the tables of such a JSON")
     options = parser.parse_args(arguments)
+    if options.show:
+        sections = json.loads(Path(options.show).read_text())["sections"]
+        print("\n\n".join(shown(name, section) for name, section in sections.items()))
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -387,7 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("no --official DIR: nothing to compare with the authors' code")
     for name in options.only:
         section = {"what": SECTIONS[name].__doc__, "rows": list(SECTIONS[name](b))}
-        print(f"\n{name}: {section['what']}\n\n{table(section['rows'])}", flush=True)
+        print(f"\n{shown(name, section)}", flush=True)
         result["sections"][name] = section
         result["seconds"] = round(time.perf_counter() - began)
         path.write_text(json.dumps(result, indent=1) + "\n")  # after every section: a run may be cut short

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import data
 import train
 from diffusion import DDPM
 
+ROOT = Path(__file__).parents[1]
+TABLES = re.findall(r"<!-- bench\.py (\S+) (\w+) -->\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
 COLUMNS = {  # of every row of a section
     "loss": {"shape", "loss", "ms", "peak_MiB"},
     "step": {"what", "batch", "s"},
@@ -35,6 +39,8 @@ def test_a_quick_run_prints_every_table_and_writes_all_numbers(tmp_path, capsys)
     assert result["machine"].keys() >= {"processor", "cores", "threads", "gpu", "torch", "python"}
     assert not result["official"] and "--official" in printed
     assert list(result["sections"]) == sections
+    assert bench.main(["--show", str(path)]) == 0
+    assert capsys.readouterr().out.strip() in printed
     for name, section in result["sections"].items():
         assert f"\n{name}: {section['what']}" in printed
         assert all(row.keys() >= COLUMNS[name] for row in section["rows"])
@@ -47,6 +53,11 @@ def test_what_cannot_be_compared_with_is_refused_in_one_line(tmp_path, capsys):
         bench.main(["--quick", "--official", str(tmp_path)])
     assert stop.value.code == 2
     assert "no clone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("file", "section", "written"), TABLES, ids=[section for _, section, _ in TABLES])
+def test_the_tables_of_the_readme_are_those_of_the_committed_run(file, section, written):
+    assert written == bench.table(json.loads((ROOT / file).read_text())["sections"][section]["rows"])
 
 
 @pytest.mark.parametrize("method", ["out", "place"])
