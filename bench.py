@@ -117,24 +117,25 @@ class Setup:
     def student(self, settings: train.Settings, method: str = "place", seed: int = 0) -> train.Student:
         return train.Student(settings, method, seed, self.pruned(settings.prune), self.tapped)
 
-    def half(self, settings: train.Settings) -> torch.autocast:
-        dtype = train.find_dtype(settings, self.device)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+    def data(self, settings: train.Settings) -> train.Batch:
+        pixels = self.pixels[: settings.batch_size]
+        return train.batch(settings, pixels, {}, slice(None), True, self.process, 0, self.device, self.teacher)
 
     def step(self, students: list[train.Student], settings: train.Settings) -> None:
         """One step of `train.train`, without its log and its checkpoints: one teacher pass for all students."""
-        pixels = self.pixels[: settings.batch_size]
-        x0, noise, t = train.batch(settings, pixels, slice(None), True, self.process, 0, self.device)
-        x_t, target = self.process.add_noise(x0, noise, t), self.process.target(x0, noise, t)  # (B, C, H, W)
-        half = self.half(settings)
-        features = any(isinstance(student.bare, Tapped) for student in students)
+        batch, half = self.data(settings), train.autocast(settings, self.device)
+        x_t = self.process.add_noise(batch.x0, batch.noise, batch.t)  # (B, C, H, W)
+        teacher = self.tapped if any(isinstance(student.bare, Tapped) for student in students) else self.teacher
         with torch.no_grad(), half:
-            theirs, their_features = train.predict(self.tapped if features else self.teacher, x_t, t)
+            theirs, their_features = train.predict(teacher, x_t, batch.t, batch.cond)
         for student in students:
             torch.manual_seed(train.hash_seed(student.seed, 0, 0, 0))  # of the dropout
             with half:
-                output, own = train.predict(student.module, x_t, t)
-            loss, _ = train.objective(settings, student.method, output, target, theirs, own, their_features, None)
+                output, features = train.predict(student.module, x_t, batch.t, batch.cond)
+            loss, _ = train.objective(
+                settings, self.process, student.method, batch, x_t, output, theirs, features, their_features, None,
+                settings.lambda_feat,
+            )  # fmt: skip
             student.scaler.scale(loss).backward()
         for student in students:
             student.update(settings, 0)
@@ -160,8 +161,7 @@ def authors_step(b: Setup) -> Callable[[], None]:
     teacher, student = teacher.eval(), student.train()
     ema = b.authors.EMAHelper(mu=0.9999)
     ema.register(student)
-    settings = b.settings()
-    x0, e, t = train.batch(settings, b.pixels[: b.batch], slice(None), True, b.process, 0, b.device)
+    x0, e, t, _ = b.data(b.settings())
     adapters = b.authors.losses.FitNetLoss(b.device)
     adapters.construct_adapter(teacher, student, None, None, x0[:2], t[:2])
     optimizer = torch.optim.Adam([*student.parameters(), *adapters.parameters()], lr=2e-4)
@@ -206,7 +206,7 @@ def their_network(b: Setup, net: UNet) -> nn.Module:
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": train.sum_of_squares,
+    "mse": lambda s, t: nn.functional.mse_loss(s, t) * s[0].numel(),
     "lift": lambda s, t: lift_place.lift(s, t, reduction="sum").loss,
     "place": lambda s, t: lift_place.place(s, t, reduction="sum").loss,
 }
@@ -253,7 +253,7 @@ def step(b: Setup) -> Iterable[Row]:
     x_t, t = torch.randn(b.batch, 3, b.size, b.size, device=b.device), torch.arange(b.batch, device=b.device)
     for precision in ["bf16"] if b.gpu else ["fp32", "bf16"]:
         settings = b.settings(precision=precision)
-        half, student = b.half(settings), b.student(settings)
+        half, student = train.autocast(settings, b.device), b.student(settings)
         matrix = torch.randn(n, n, device=b.device, dtype=train.DTYPES[precision])
 
         def teacher(half=half) -> None:
@@ -316,7 +316,7 @@ def sampling(b: Setup) -> Iterable[Row]:
         noise = torch.randn(batch, 3, b.size, b.size, device=b.device)
 
         cases = {n: partial(b.process.sample, net, noise.shape, steps, noise=noise) for n, net in nets.items()}
-        with b.half(b.settings()):
+        with train.autocast(b.settings(), b.device):
             took = medians(cases, max(1, b.repeat // 2), b.device)
         for name in nets:
             row = {"network": name, "batch": batch, "images_per_s": batch / took[name] * steps / 100}
