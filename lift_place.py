@@ -42,8 +42,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["PRESETS", "Distillation", "adaptive", "lift", "place", "schedule"]
+
+RADIX = 2**15  # from this many integers on torch sorts one row by radix on a CPU
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
 
@@ -80,7 +83,7 @@ def place(
 
     Args:
         student: (B, C, *spatial), any number of spatial axes (image, latent, video). N = product of the spatial sizes.
-        teacher: the same shape. Detach it, or run the teacher without gradients.
+        teacher: the same shape. It gets no gradient.
         group_size: K, the number of ELEMENTS in a group; must divide N. The paper uses 16.
         norm: "l1" or "l2", the distance of (b0, b1) from (0, 1). The weight w always uses l1.
         reduction: "mean", or "sum" over one sample and mean over the batch: the same loss times C N.
@@ -92,7 +95,8 @@ def place(
             such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates.
 
     Returns:
-        Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say.
+        Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say. It can be derived
+        once, not twice.
 
     Raises:
         ValueError: unequal shapes, fewer than three axes, integer inputs, a group size that is below 2 or does not
@@ -107,12 +111,8 @@ def place(
             f"group_size {group_size} does not cut the N = {n} positions, in shape {shape}, "
             f"into equal groups of at least 2 elements; group sizes that do: {fits}"
         )
-    with torch.no_grad():  # the order carries no gradient
-        order = (teacher - student).abs().argsort(dim=-1)  # (B, C, N), |e| sorts as e^2 does and cannot overflow
-    groups = (n // group_size, group_size)
-    student = student.gather(-1, order).unflatten(-1, groups)  # (B, C, G, K)
-    teacher = teacher.gather(-1, order).unflatten(-1, groups)  # (B, C, G, K)
-    return _fit(student, teacher, norm, reduction, eps, ridge, weight)
+    order = _order((teacher - student).detach())  # (B, C, N)
+    return _fit(student, teacher, order, group_size, norm, reduction, eps, ridge, weight)
 
 
 def lift(
@@ -138,7 +138,7 @@ def lift(
         raise ValueError(f"per must be 'channel' or 'sample', not {per!r}")
     if per == "sample":
         student, teacher = student.flatten(1).unsqueeze(1), teacher.flatten(1).unsqueeze(1)  # (B, 1, C N)
-    return _fit(student.unsqueeze(2), teacher.unsqueeze(2), norm, reduction, eps, ridge, weight)
+    return _fit(student, teacher, None, student.shape[-1], norm, reduction, eps, ridge, weight)
 
 
 def adaptive(x: Tensor) -> Tensor:
@@ -181,29 +181,73 @@ def _check(student: Tensor, teacher: Tensor, norm: str, reduction: str) -> tuple
     return student.flatten(2).to(wide), teacher.flatten(2).to(wide)
 
 
-def _fit(
-    s: Tensor, t: Tensor, norm: str, reduction: str, eps: float, ridge: float, weight: Weight
-) -> Distillation:  # s, t: (B, C, G, n), one line per group of n elements
-    # With the error e = t - s the fit of t on s reads b1 - 1 = cov(s, e) / var(s) and b0 = mean(e) - (b1 - 1) mean(s):
-    # the same line, without the cancellation of two nearly equal numbers when the student is good.
-    e = t - s
-    s_mean, e_mean = s.mean(-1, keepdim=True), e.mean(-1, keepdim=True)  # (B, C, G, 1)
-    s_centred, e_centred = s - s_mean, e - e_mean  # (B, C, G, n)
-    var = s_centred.square().mean(-1, keepdim=True)  # (B, C, G, 1)
-    cov = (s_centred * e_centred).mean(-1, keepdim=True)  # (B, C, G, 1)
-    slope = (cov + (ridge - 1) * eps) / (var + eps)  # (B, C, G, 1), b1 - 1
-    b0 = e_mean - slope * s_mean  # (B, C, G, 1)
-    # t - b0 - b1 s, with b0 and b1 fixed. The means pass no gradient: residuals sum to 0.
-    residual = e_centred - slope.detach() * s_centred  # (B, C, G, n)
+def _order(error: Tensor) -> Tensor:
+    """Indices (B, C, N) that sort each channel by |error|, as e^2 does, but nothing overflows. Overwrites `error`."""
+    # floats that are not negative sort as their bits do, and integers sort faster: none of them is NaN
+    key = error.abs_().view(torch.int32 if error.dtype == torch.float32 else torch.int64)  # (B, C, N)
+    if key.device.type != "cpu" or key.dtype == torch.int64 or key.numel() < RADIX:
+        return key.argsort(-1)
+    # one long row of integers is sorted by radix there: join some rows, with the row's number in front of the key
+    n, order = key.shape[-1], torch.empty_like(key, dtype=torch.int64)
+    together = -(-RADIX // n)
+    for rows, out in zip(key.view(-1, n).split(together), order.view(-1, n).split(together), strict=True):
+        row = torch.arange(len(rows))[:, None]  # (rows, 1)
+        out.copy_(((row << 31) + rows).flatten().argsort().view(rows.shape) - n * row)
+    return order
 
-    x = b0.abs().mean() + slope.abs().mean()
-    coarse = x if norm == "l1" else b0.square().mean() + slope.square().mean()
-    fine = residual.square().mean()
+
+def _fit(student, teacher, order, n, norm, reduction, eps, ridge, weight) -> Distillation:
+    """A line for each n consecutive elements of (B, C, N), taken in this order, and the loss of all lines."""
+    b0, slope, fine = _Lines.apply(student, teacher, order, n, eps, ridge)
+    x = (b0.abs() + slope.abs()).mean()
+    coarse = x if norm == "l1" else (b0.square() + slope.square()).mean()
     if weight is None:
         weight = adaptive
     w = weight(x.detach()) if callable(weight) else weight
     w = w.detach().to(x) if isinstance(w, Tensor) else x.new_full((), w)
     loss = coarse + w * fine
     if reduction == "sum":
-        loss = loss * s[0].numel()  # C N: the sum over one sample, as the pixel-space diffusion loss is
-    return Distillation(loss, coarse, fine, w, b0.squeeze(-1), 1 + slope.squeeze(-1))
+        loss = loss * student[0].numel()  # C N: the sum over one sample, as the pixel-space diffusion loss is
+    return Distillation(loss, coarse, fine, w, b0, 1 + slope)
+
+
+class _Lines(torch.autograd.Function):
+    """b0, b1 - 1 (B, C, G) and the fine loss () of all groups; with its derivative by hand, in half the memory.
+
+    With the error e = t - s the fit of t on s reads b1 - 1 = cov(s, e) / var(s) and b0 = mean(e) - (b1 - 1) mean(s):
+    the same line, without the cancellation of two nearly equal numbers when the student is good.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, order, n, eps, ridge):
+        e, s = _grouped(teacher - student, order, n), _grouped(student, order, n)  # (B, C, G, n)
+        e_mean, s_mean = e.mean(-1, keepdim=True), s.mean(-1, keepdim=True)  # (B, C, G, 1)
+        e, s = e.sub_(e_mean), s - s_mean
+        n_var = torch.linalg.vector_norm(s, dim=-1, keepdim=True).square() + n * eps  # (B, C, G, 1)
+        slope = ((s * e).sum(-1, keepdim=True) + (ridge - 1) * n * eps) / n_var  # (B, C, G, 1)
+        residual = e.addcmul_(s, slope, value=-1)  # (B, C, G, n), t - b0 - b1 s
+        fine = torch.linalg.vector_norm(residual, dim=-1).square().mean() / n
+        ctx.save_for_backward(student, teacher, order, e_mean, s_mean, n_var, slope)
+        ctx.n = n
+        return (e_mean - slope * s_mean).squeeze(-1), slope.squeeze(-1), fine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_b0, grad_slope, grad_fine):
+        student, teacher, order, e_mean, s_mean, n_var, slope = ctx.saved_tensors
+        grad_b0, grad_slope, b1 = grad_b0.unsqueeze(-1), grad_slope.unsqueeze(-1), 1 + slope  # (B, C, G, 1)
+        # With s and e centred: d slope / ds = (e - (b1 + slope) s) / n_var, d b0 / ds = -s_mean d slope / ds - b1 / n,
+        # and with b0 and b1 held fixed d fine / ds = -2 b1 (e - slope s) / (B C N).
+        line = (grad_slope - s_mean * grad_b0) / n_var  # (B, C, G, 1)
+        of_e = line - grad_fine * 2 / student.numel() * b1  # (B, C, G, 1)
+        of_s = -(of_e * slope + line * b1)  # (B, C, G, 1)
+        rest = of_e * e_mean + of_s * s_mean + grad_b0 * b1 / ctx.n  # (B, C, G, 1)
+        e, s = _grouped(teacher - student, order, ctx.n), _grouped(student, order, ctx.n)  # (B, C, G, n)
+        grad = e.mul_(of_e).addcmul_(s, of_s).sub_(rest).flatten(2)  # (B, C, N)
+        grad = grad if order is None else s.flatten(2).scatter_(-1, order, grad)  # back where they came from
+        return grad, None, None, None, None, None
+
+
+def _grouped(x: Tensor, order: Tensor | None, n: int) -> Tensor:
+    """(B, C, N) in this order, and in groups of n: (B, C, G, n)."""
+    return (x if order is None else x.gather(-1, order)).unflatten(-1, (-1, n))

@@ -332,6 +332,57 @@ def test_the_fine_gradient_holds_the_lines_fixed(pair, group_size):
     torch.testing.assert_close(got, 2 * b1 * (b1 * student.detach() + b0 - teacher) / student.numel())
 
 
+def by_autograd(student, teacher, order, n, eps, ridge):
+    """b0, b1 and the fine loss of groups of n in this order, as one would write them first; autograd derives them."""
+    s, t = (x.flatten(2).gather(-1, order).unflatten(-1, (-1, n)) for x in (student, teacher))  # (B, C, G, n)
+    s_mean, t_mean = s.mean(-1), t.mean(-1)  # (B, C, G)
+    cov = ((s - s_mean[..., None]) * (t - t_mean[..., None])).mean(-1)
+    b1 = (cov + ridge * eps) / (s.var(-1, correction=0) + eps)
+    b0 = t_mean - b1 * s_mean
+    fine = (t - b0.detach()[..., None] - b1.detach()[..., None] * s).square().mean()
+    return fine, b0, b1
+
+
+@both_dtypes
+@bounded
+@given(
+    pairs,
+    st.sampled_from(["lift", 2, 4, 8]),
+    st.sampled_from([1e-7, 0.1]),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 2**16),
+)
+def test_the_gradient_by_hand_is_that_of_autograd(dtype, pair, group_size, eps, ridge, seed):
+    student, teacher = (x.to(dtype) for x in pair)
+    student.requires_grad_()
+    if group_size == "lift":
+        group_size, order = student[0, 0].numel(), torch.arange(student[0, 0].numel()).expand(*student.shape[:2], -1)
+        kd = lift(student, teacher, eps=eps, ridge=ridge)
+    else:
+        order = (teacher - student).detach().flatten(2).abs().argsort(-1)
+        kd = place(student, teacher, group_size=group_size, eps=eps, ridge=ridge)
+    got = kd.fine, kd.b0, kd.b1
+    want = by_autograd(student.double(), teacher.double(), order, group_size, eps, ridge)
+    # any gradient that may arrive: the loss is one function of these three, an objective of one's own another
+    generator = torch.Generator().manual_seed(seed)
+    arriving = [torch.randn(x.shape, generator=generator, dtype=F64) for x in want]
+    (got,) = torch.autograd.grad(got, student, [x.to(dtype) for x in arriving])
+    (want,) = torch.autograd.grad(want, student, arriving)
+    # a group of two that nearly agree has a gradient of 1 / eps, from differences that float32 hardly resolves
+    assert not off(got, want, 1e-2 if dtype == F32 else 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 128, 128), (9, 5, 33, 32), (1, 1, 2, 2**15)], ids=str)
+def test_many_rows_sorted_at_once_are_in_the_order_of_each_row_alone(shape):
+    student, teacher = outputs(shape, dtype=F32)
+    assert student.numel() > lift_place.RADIX  # else a row is sorted alone, as on other devices
+    student[:, :, 1] = teacher[:, :, 1]  # ties
+    error = (teacher - student).flatten(2)
+    order = lift_place._order(error.clone())
+    assert torch.equal(order.sort(-1).values, torch.arange(order.shape[-1]).expand_as(order))
+    assert torch.equal(error.abs().gather(-1, order), error.abs().sort(-1).values)
+
+
 @every_loss
 def test_the_adaptive_weight_carries_no_gradient(loss):
     student, teacher = outputs()
