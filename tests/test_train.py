@@ -424,9 +424,9 @@ def test_a_fold_of_a_pruned_student_resumes_exactly_and_is_sampled_in_its_own_st
 def test_the_teacher_of_a_fold_sees_its_own_timestep_of_the_same_image(monkeypatch):
     seen, predict = [], train.predict
 
-    def record(module, x_t, t):
+    def record(module, x_t, t, cond):
         seen.append((x_t, t))
-        return predict(module, x_t, t)
+        return predict(module, x_t, t, cond)
 
     monkeypatch.setattr(train, "predict", record)
     arguments = ["--fold-steps", "7", "--sample-steps", "7", "--steps", "1", "--eval-samples", "0"]
@@ -440,14 +440,21 @@ def test_the_teacher_of_a_fold_sees_its_own_timestep_of_the_same_image(monkeypat
 
 def test_the_objective_of_a_fold_is_absolute_errors(outputs):
     (student, target, teacher), (own, theirs) = outputs
+    batch, process = (
+        train.Batch(torch.zeros_like(target), target, torch.zeros(4, dtype=torch.int64), {}),
+        DDPM().fold(9),
+    )
     for method, distance in (("out", lambda: (student - teacher).abs().flatten(1).sum(1).mean()),
                              ("place", lambda: lift_place.place(student, teacher, reduction="sum").loss)):  # fmt: skip
-        settings = train.Settings(kd=(method,), fold_steps=10, lambda_out=0.25, lambda_hidden=2.0)
-        loss, _ = train.objective(settings, method, student, target, teacher, own[:1], theirs[:1], None)
+        settings = train.Settings(kd=(method,), fold_steps=9, lambda_out=0.25, lambda_hidden=2.0)
+
+        def loss(*features, settings=settings, method=method):
+            seen = settings, process, method, batch, target, student, teacher, *features, None, 0.0
+            return train.objective(*seen)[0]
+
         expected = 0.25 * distance() + 2.0 * (own[0] - theirs[0]).abs().mean() * (2 * 8 * 8)
-        torch.testing.assert_close(loss, expected)  # and no term for the data
-        loss, _ = train.objective(settings, method, student, target, teacher, [], [], None)
-        torch.testing.assert_close(loss, 0.25 * distance())
+        torch.testing.assert_close(loss(own[:1], theirs[:1]), expected)  # and no term for the data
+        torch.testing.assert_close(loss([], []), 0.25 * distance())
 
 
 def test_the_last_feature_needs_an_adapter_only_where_widths_differ():
@@ -605,6 +612,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
         (["--fold-steps", "10", "--sample-steps", "11"], ["--sample-steps 11", "at most 10"]),
         (["--fold-steps", "10", "--kd", "feat"], ["--kd feat", "none, out, lift, place"]),
         (["--fold-steps", "10", "--kd", "none"], ["--kd none", "--lambda-diff 1"]),
+        (["--fold-steps", "10", "--arch", "dit"], ["--fold-steps", "--arch unet"]),
         (["--prune", "0", "--seeds", "0", "1"], ["--seeds", "--init random"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--group-size", "7"], ["7", "64", "2, 4, 8, 16, 32, 64"]),
