@@ -16,12 +16,14 @@ the log-variance of a sampling step lies. `Guided(net, scale, null)` is a networ
 
 Symbols: B batch, C channels, T number of training timesteps, a_t = prod_{i <= t} (1 - beta_i) ("alpha_bar").
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, arXiv 2010.02502), learned variance (Nichol
-and Dhariwal 2021, arXiv 2102.09672), guidance (Ho and Salimans 2022, arXiv 2207.12598).
+and Dhariwal 2021, arXiv 2102.09672), guidance (Ho and Salimans 2022, arXiv 2207.12598), SFDDM (arXiv 2405.14961).
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,8 @@ class DDPM:
         beta_start, beta_end: variance of the noise added by the first and by the last timestep, in (0, 1).
         spacing: which timesteps a sampler of few steps visits, see `timesteps`.
 
-    Attributes: `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU.
+    Attributes: `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU; `folded_from`, the T of the process
+    that this one was folded from (`fold`), or its own.
 
     Raises:
         ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown spacing.
@@ -51,11 +54,42 @@ class DDPM:
             raise ValueError(f"DDPM needs at least 1 timestep, got steps={steps}; the published models use 1000")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        self.steps, self.spacing = steps, spacing
+        self.steps = self.folded_from = steps
+        self.spacing = spacing
         self.betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64).float()  # (T,)
         self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
+        self._tables()
+
+    def _tables(self) -> None:
         self._a = [*self.alpha_bar.tolist(), 1.0]  # for the sampler; a_{-1} = 1, the clean image, is where -1 finds it
         self._on: dict[tuple[str, torch.device], Tensor] = {}  # tables, copied to each device once
+        self.__dict__.pop("_posterior", None)
+
+    def fold(self, steps: int) -> "DDPM":
+        """The process of a student that needs only T' = `steps` steps: this one at T' of its T timesteps (SFDDM).
+
+        The student's timestep t' stands for `phi(t')` = (t' + 1) T // T' - 1 here: a'_t' = a_phi(t'), so x'_t' IS
+        x_phi(t') for the same image and noise. These are evenly spaced, with gaps that differ by at most one, and end
+        at T - 1: sampling starts from noise as pure as here. (The published c t', c = T // T', ends before it, for
+        T = 1000 and T' = 128 at 889.) T' = T gives the same process, and T' need not divide T.
+
+        Raises:
+            ValueError: `steps` outside 1 .. T.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"a process of {self.steps} timesteps folds to 1 to {self.steps} steps, not {steps}")
+        folded = copy.copy(self)
+        folded.steps, folded.folded_from = steps, self.steps
+        phi = folded.phi(torch.arange(steps))  # (T',)
+        folded.alpha_bar = self.alpha_bar[phi]
+        logs = torch.log1p(-self.betas.double()).cumsum(0)[phi]  # in float64, for beta' is a small difference
+        folded.betas = -torch.expm1(logs.diff(prepend=logs.new_zeros(1))).float()
+        folded._tables()
+        return folded
+
+    def phi(self, t: Tensor) -> Tensor:
+        """The timesteps of the process this one was folded from that `t` (B,) stands for; `t` itself if it was not."""
+        return (t + 1) * self.folded_from // self.steps - 1
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """q(x_t | x0): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (DDPM eq. 4).
@@ -155,9 +189,7 @@ class DDPM:
             ValueError: `steps` outside 1 .. T.
         """
         if not 1 <= steps <= self.steps:
-            raise ValueError(
-                f"the sampler takes 1 to {self.steps} steps, got steps={steps}; 100 is the published number"
-            )
+            raise ValueError(f"the sampler takes 1 to {self.steps} steps, got steps={steps}")
         if self.spacing == "linspace":
             return [round(i * (self.steps - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
         return [i * self.steps // steps for i in reversed(range(steps))]
@@ -167,7 +199,7 @@ class DDPM:
         self,
         net: Net,
         shape: Sequence[int],
-        steps: int = 100,
+        steps: int | Sequence[int] = 100,
         cond: dict[str, Tensor] | None = None,
         *,
         eta: float = 0.0,
@@ -180,6 +212,7 @@ class DDPM:
         Args:
             net: called as `net(x_t, t, cond)` with t (B,) int64, in the mode it is in: call `net.eval()` first.
             shape: (B, C, *spatial) of the result.
+            steps: how many of `timesteps`, or the timesteps themselves, noisiest first.
             cond: handed to the network unchanged.
             eta: 0 is deterministic given the starting noise; 1 is ancestral DDPM sampling, with the variance that the
                 network has learned if it predicts one.
@@ -191,10 +224,12 @@ class DDPM:
         Returns: x_0, `shape`, float32, as it comes out: nothing is clipped on the way and the result is not clamped.
 
         Raises:
-            ValueError: `steps` outside 1 .. T, `eta` outside [0, 1], `noise` not of `shape`, or a network whose
-                prediction is neither of `shape` nor, with a variance, of twice as many channels.
+            ValueError: `steps` outside 1 .. T or not falling, `eta` outside [0, 1], `noise` not of `shape`, or a
+                network whose prediction is neither of `shape` nor, with a variance, of twice as many channels.
         """
-        ts = self.timesteps(steps)
+        ts = self.timesteps(steps) if isinstance(steps, int) else list(steps)
+        if not ts or any(t <= t_next for t, t_next in pairwise([self.steps, *ts, -1])):
+            raise ValueError(f"timesteps must fall, from at most {self.steps - 1} to at least 0, got {ts}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 as noisy as DDPM), got {eta}")
         if noise is not None and noise.shape != tuple(shape):

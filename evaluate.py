@@ -64,10 +64,10 @@ COLORS = {  # one per method, the same in every picture, apart for colour-blind 
     "place": "#0072b2",
 }
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
-MAY_DIFFER = {"kd", "seeds", "out", "device", "log", "log_every", "save_every"}  # settings of runs that share one table
+MAY_DIFFER = {"kd", "seeds", "fold_steps", "out", "device", "log", "log_every", "save_every"}  # in one table
 
 # How --num samples where neither the command nor the run says so.
-SAMPLER = {"sample_steps": 100, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "vae": None}
+SAMPLER = {"sample_steps": None, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "vae": None}
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
 Extract = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, D)
 
@@ -138,6 +138,12 @@ def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
 # Sampling
 
 
+def process_of(net: nn.Module, spacing: str = "leading") -> DDPM:
+    """The process that a saved network belongs to: that of all teachers, folded if it is a student of few steps."""
+    process, steps = DDPM(spacing=spacing), net.config.get("fold_steps")
+    return process if steps is None else process.fold(steps)
+
+
 def start_noise(n: int, shape: tuple[int, ...], seed: int, first: int = 0) -> Tensor:
     """Standard normal noise (n, *shape), float32 on the CPU, for the images numbered first .. first + n - 1.
 
@@ -155,7 +161,7 @@ def sample_batches(
     rows: Sequence[int],
     *,
     seed: int,
-    steps: int,
+    steps: int | Sequence[int],
     eta: float = 0.0,
     cond: dict[str, Tensor] | None = None,
     guidance: float = 1.0,
@@ -235,6 +241,18 @@ def decoded(vae, latents: data.Images, n: int) -> np.ndarray:
         vae.decode(torch.from_numpy(latents.images[part][:, 0])) for part in np.array_split(rows, -(-len(rows) // 64))
     ]
     return data.to_uint8(torch.cat(parts)).numpy()
+
+
+def interpolate(shape: tuple[int, int, int], seed: int, n: int = 16) -> Tensor:
+    """Start noise (2 n, *shape) on two ways of n points each: from that of image 0 to 1, and from that of 2 to 3.
+
+    Spherical, so that what lies between is as long as noise is.
+    """
+    a, b = start_noise(4, shape, seed).reshape(2, 2, 1, -1).unbind(1)  # the ends, (2, 1, C H W) each
+    w = torch.linspace(0, 1, n)[:, None]  # (n, 1)
+    angle = torch.acos(F.cosine_similarity(a, b, dim=-1))[..., None]  # (2, 1, 1)
+    noise = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()  # (2, n, C H W)
+    return noise.reshape(2 * n, *shape)
 
 
 def open_samples(
@@ -636,13 +654,17 @@ def protocol(
 def rows(metrics: dict) -> list[dict]:
     """What `table` takes, from one metrics.json: its floor (if there is one), its teacher, its students.
 
+    Of a fold also the teacher in as many steps; the steps are in the names, so that a table may hold several folds.
     A run that was not evaluated has sizes and seconds only.
 
     Raises:
         KeyError, TypeError, ValueError: a number is missing or is none.
     """
     found = [{**metrics["floor"], "method": FLOOR}] if metrics.get("floor") else []
-    found += [{**metrics["teacher"], "method": "teacher"}, *({**student} for student in metrics["students"])]
+    found += [{**metrics["teacher"], "method": "teacher"}, *({**row} for row in metrics.get("same_steps", []))]
+    folded = metrics.get("settings", {}).get("fold_steps")
+    label = "" if folded is None else f", {metrics['settings']['sample_steps']} steps"
+    found += [{**student, "method": student["method"] + label} for student in metrics["students"]]
     for row in found:
         measured = not row.keys().isdisjoint(SCORES)
         row |= {key: None if not measured or row[key] is None else float(row[key]) for key in SCORES}
@@ -832,22 +854,29 @@ def card(folder: str | os.PathLike, metrics: dict) -> None:
     """
     folder, settings = Path(folder), metrics["settings"]
     dataset, methods = f"{settings['dataset']} {settings['image_size']}x{settings['image_size']}", settings["kd"]
+    folded, net = settings.get("fold_steps"), "net(x_t, t) -> noise"
     front = ["license: mit", "pipeline_tag: unconditional-image-generation", "tags:"]
     front += [f"- {tag}" for tag in ("diffusion", "ddpm", "knowledge-distillation", "pruning", "pytorch")]
     about, world, commit = f"`{shlex.join(['python', *sys.argv])}`", rank_and_world()[1], _commit()
     about = [about + f" on {world} processes" * (world > 1), *[f"commit `{commit}`"] * bool(commit)]
     about.append(", ".join(f"{name} {value}" for name, value in metrics["machine"].items()))
+    net += "" if folded is None else f", 0 <= t < {folded}: the timesteps of diffusion.DDPM().fold({folded})"
     parts = [
         "\n".join(["---", *front, "---"]),
-        f"# {dataset}, {settings['prune']:.0%} of the channels pruned, distilled with {', '.join(methods)}",
+        f"# {dataset}, {settings['prune']:.0%} of the channels pruned, distilled with {', '.join(methods)}"
+        + ("" if folded is None else f" to {folded} steps"),
         "Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729).",
         "\n".join(f"- {line}" for line in about),
         table(rows(metrics)),
         metrics["protocol"],
-        *(f"![{name}]({name})" for name in ("samples.png", "curves.png") if (folder / name).exists()),
+        *(
+            f"![{name}]({name})"
+            for name in ("samples.png", "interpolations.png", "curves.png")
+            if (folder / name).exists()
+        ),
     ]
     if all((folder / name).exists() for name in FILES):
-        parts.append(f"```python\nimport models\n\nnet = models.load({folder.name!r})  # net(x_t, t) -> noise\n```")
+        parts.append(f"```python\nimport models\n\nnet = models.load({folder.name!r})  # {net}\n```")
     parts += ["## Settings", f"```json\n{json.dumps(settings, indent=2)}\n```"]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
@@ -877,7 +906,7 @@ def main(arguments: list[str] | None = None, extract: Extract | None = None) -> 
     add("--real", type=int, default=50_000, help="how many of them at most, evenly spaced [%(default)s]")
     add("--mode", choices=MODES, default=MODES[0], help=f"as in clean-fid [%(default)s]; the paper: {MODES[1]}")
     add("--seed", type=int, default=0, help="of the starting noise [%(default)s]")
-    add("--sample-steps", type=int, help="DDIM steps [as the run's, else 100]")
+    add("--sample-steps", type=int, help="DDIM steps [as the run's, else 100, or all of a student of few steps]")
     add("--eta", type=float, help="DDIM eta, 0 deterministic .. 1 ancestral [as the run's, else 0]")
     add("--spacing", choices=("leading", "linspace"), help="of the timesteps [as the run's, else leading]")
     add("--guidance", type=float, help="scale of classifier-free guidance, 1: none [as the run's, else 1]")
@@ -932,8 +961,6 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
         for name, fallback in SAMPLER.items():
             if getattr(options, name) is None:
                 setattr(options, name, known.get(name, fallback))
-        process = DDPM(spacing=options.spacing)
-        process.timesteps(options.sample_steps)  # refuses numbers out of range
         if not 0 <= options.eta <= 1:
             raise ValueError(f"--eta {options.eta} cannot be used, it must be at least 0 and at most 1")
         if options.dataset is None:
@@ -946,7 +973,13 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
                 raise ValueError(
                     f"{folder} has the name or another image shape of one before: give it a call of its own"
                 )
+            process = process_of(net, options.spacing)
+            if any(process.steps != process_of(other).steps for other in nets.values()):
+                raise ValueError(f"{folder} has another number of timesteps than one before: give it a call of its own")
             nets[name] = net
+        if options.sample_steps is None:
+            options.sample_steps = 100 if process.steps == DDPM().steps else process.steps
+        process.timesteps(options.sample_steps)  # refuses numbers out of range
         vae = None if options.vae is None else foreign.Vae(options.vae, device)
         if vae is not None:
             if shape[0] != vae.channels:

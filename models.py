@@ -196,6 +196,8 @@ class UNet(Network):
     norm_groups      groups of every GroupNorm, or {norm layer name: groups}
     widths           of a pruned net: {layer name: output channels} for layers that set a width (`net.plan.full` names
                      them); all other widths follow from these
+    fold_steps       of a student of few steps: T', its timesteps are those of `DDPM().fold(T')`. A note for who samples
+                     it; the network itself is the same
 
     Published settings: CelebA 64 `UNet(64, dropout=0.1)`, CIFAR-10 `UNet(32, channel_mults=(1, 2, 2, 2), dropout=0.1)`,
     LSUN 256 `UNet(256, channel_mults=(1, 1, 2, 2, 4, 4))`. ValueError for sizes that do not fit together.
@@ -213,6 +215,7 @@ class UNet(Network):
         dropout: float = 0.0,
         norm_groups: int | dict[str, int] = 32,
         widths: dict[str, int] | None = None,
+        fold_steps: int | None = None,
     ):
         channel_mults, attention_resolutions = list(channel_mults), list(attention_resolutions)
         out_channels = in_channels if out_channels is None else out_channels

@@ -80,6 +80,14 @@ METHODS: dict[str, tuple[str | None, bool]] = {
     "place": ("place", True),
 }
 
+# The same with --fold-steps: SFDDM's distances, absolute instead of squared ones, and the last feature in all of them.
+FOLDED: dict[str, tuple[str | None, bool]] = {
+    "none": (None, False),
+    "out": ("l1", True),
+    "lift": ("lift", True),
+    "place": ("place", True),
+}
+
 # --depth-method: which blocks of a transformer stay (models.py).
 DEPTH_METHODS = ("uniform", "first", "random", "shortgpt", "learned")
 
@@ -113,12 +121,17 @@ PRESETS: list[dict[str, Any]] = [
     ]
 ]  # fmt: skip
 
+# What --fold-steps changes in a line: SFDDM has no term for the data. Of its published settings only that of CIFAR-10
+# is known, unpruned and from scratch (there T = 1024 to 128 with sigmoid betas, here T = 1000 and linear ones).
+FOLD = {"lambda_diff": 0.0}
+FOLDS = {"cifar10": {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0.0, "dropout": 0.0, "init": "random"}}
+
 # What the lines of a data set and architecture share. `eval_samples` 0: the numbers of the paper take 50,000 samples
 # and Inception features, see `python evaluate.py --help`. The constants name the published setting, with its reductions
 # and its kind of feature loss.
 PAPER = {"warmup": 0, "decay": "constant", "lr_end": 0.0, "importance": "taylor", "depth_method": "uniform",
          "depth_steps": 1000, "constants": "diff-pruning", "feat_stages": 0, "eval_samples": 0, "sample_steps": 100,
-         "eta": 0.0, "spacing": "leading", "guidance": 1.0,
+         "eta": 0.0, "spacing": "leading", "guidance": 1.0, "init": "teacher",
          "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128}  # fmt: skip
 TINYFUSION = PAPER | {"decay": "cosine", "lr_end": 1e-4, "depth_method": "learned", "depth_steps": 10_000,
                       "constants": "tinyfusion", "feat_stages": 100, "sample_steps": 250, "eta": 1.0,
@@ -156,7 +169,7 @@ TEACHERS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def preset(dataset: str, prune: float, arch: str | None = None) -> dict[str, Any]:
+def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: int | None = None) -> dict[str, Any]:
     """The settings of a data set: the line of PRESETS with the smallest ratio not below `prune`, else its last.
 
     arch: None is the architecture of the data set's first line.
@@ -164,7 +177,10 @@ def preset(dataset: str, prune: float, arch: str | None = None) -> dict[str, Any
     arch = arch or next(row["arch"] for row in PRESETS if row["dataset"] == dataset)
     lines = [row for row in PRESETS if (row["dataset"], row["arch"]) == (dataset, arch)]
     line = next((row for row in lines if prune <= row["prune"]), lines[-1])
-    return {"image_size": data.DATASETS[dataset].image_size, **SHARED[dataset, arch], **line}
+    line = {"image_size": data.DATASETS[dataset].image_size, **SHARED[dataset, arch], **line}
+    if fold_steps is not None:
+        line |= FOLD | {"sample_steps": fold_steps} | (FOLDS.get(dataset, {}) if prune == 0 else {})
+    return line
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -181,8 +197,7 @@ def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
 class Settings:
     """Everything a run depends on, and nothing else. Counts are in steps of the global batch.
 
-    None stands for the preset of the data set; after construction none is left but `data`, `keep`, `norm`, `vae` and,
-    of latents, the size of the image.
+    None stands for the preset of the data set; after construction it is left only where it means: without, or as usual.
 
     Raises:
         ValueError: a value that cannot be used; one sentence says what would work.
@@ -211,6 +226,8 @@ class Settings:
     seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, low=0)
     teacher: str | None = option(None, "checkpoint, folder, hub id, auto (the public one), train (here, kept in runs)")
     student: str | None = option(None, "folder of a network to start from, instead of a pruned teacher")
+    init: str | None = option(None, "their first weights: the teacher's, or random ones", choices=("teacher", "random"))
+    fold_steps: int | None = option(None, "T' of students of few steps (SFDDM)", int, low=1, high=1000)
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
     channels: int | None = option(None, "its width at the first level, or dit: of a token", int, low=1)
@@ -226,6 +243,7 @@ class Settings:
     lambda_diff: float | None = option(None, "weight of the diffusion loss", float, low=0)
     lambda_out: float | None = option(None, "weight of the output loss of out, lift, place", float, low=0)
     lambda_feat: float | None = option(None, "weight of the feature loss of feat, lift, place", float, low=0)
+    lambda_hidden: float = option(1.0, "with --fold-steps: weight of the last feature's distance", float, low=0)
     feat_stages: int | None = option(None, "equal parts of a run in which that weight falls to 0, 0: it stays", int,
                                      low=0)  # fmt: skip
     constants: str | None = option(None, "published setting: constants of lift and place, sums or means, feature loss",
@@ -254,7 +272,7 @@ class Settings:
             object.__setattr__(self, "dataset", "folder")
         known = [row["arch"] for row in PRESETS if row["dataset"] == self.dataset]
         if known and self.arch in (None, *known):
-            for name, value in preset(self.dataset, self.prune, self.arch).items():
+            for name, value in preset(self.dataset, self.prune, self.arch, self.fold_steps).items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, value)
         for item in fields(self):
@@ -271,10 +289,31 @@ class Settings:
         if self.keep is not None and self.arch == "unet":
             raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
         drawn = ("--importance", self.importance) if self.arch == "unet" else ("--depth-method", self.depth_method)
-        if len(self.seeds) > 1 and self.dropout == 0 and (drawn[1] != "random" or self.student or self.keep):
+        chosen = drawn[1] != "random" or self.student or self.keep or self.prune == 0
+        if len(self.seeds) > 1 and self.dropout == 0 and self.init != "random" and chosen:
             raise ValueError(
                 f"--seeds {' '.join(map(str, self.seeds))} would train the same student several times, for without "
-                f"dropout a seed draws nothing but random channels or blocks: use {drawn[0]} random, or one seed"
+                "dropout a seed draws nothing but random channels, blocks or weights: prune with "
+                f"{drawn[0]} random, or use --init random, or one seed"
+            )
+        if self.fold_steps is not None:
+            if unknown := [method for method in self.kd if method not in FOLDED]:
+                raise ValueError(
+                    f"--kd {unknown[0]} does not go with --fold-steps, where every method that has a teacher carries "
+                    f"the last feature: choose from {', '.join(FOLDED)}"
+                )
+            if self.arch != "unet":
+                raise ValueError(
+                    "--fold-steps takes --arch unet: the variance that others predict is that of all steps"
+                )
+            if self.sample_steps > self.fold_steps:
+                raise ValueError(
+                    f"--sample-steps {self.sample_steps} cannot be used, a student of --fold-steps {self.fold_steps} "
+                    f"has at most {self.fold_steps}"
+                )
+        if "none" in self.kd and self.lambda_diff == 0:
+            raise ValueError(
+                "--kd none learns from the data alone: with --fold-steps give --lambda-diff 1, or another above 0"
             )
         if 0 < self.eval_samples < 6:
             raise ValueError(f"--eval-samples {self.eval_samples} cannot be used, it must be 0 (none) or at least 6")
@@ -282,6 +321,7 @@ class Settings:
             several = f"-{len(self.seeds)}seeds" if len(self.seeds) > 1 else ""
             what = f"keep{'.'.join(map(str, self.keep))}" if self.keep else f"prune{self.prune:g}"
             dit = "-dit" * (self.arch == "dit")
+            what += "" if self.fold_steps is None else f"-fold{self.fold_steps}"
             name = f"{self.dataset}{self.image_size or ''}{dit}-{what}-{'-'.join(self.kd)}{several}"
             object.__setattr__(self, "out", f"runs/{name}")
 
@@ -343,6 +383,19 @@ def squared_error(settings: Settings, a: Tensor, b: Tensor) -> Tensor:
     return error * a[0].numel() if lift_place.PRESETS[settings.constants]["reduction"] == "sum" else error
 
 
+def absolute_error(settings: Settings, a: Tensor, b: Tensor, elements: int) -> Tensor:
+    """Absolute distance, (B, ...) each -> (): its mean, or summed as over a sample of so many elements."""
+    error = nn.functional.l1_loss(a.float(), b.float())
+    return error * elements if lift_place.PRESETS[settings.constants]["reduction"] == "sum" else error
+
+
+def terms(settings: Settings, method: str) -> tuple[str | None, bool]:
+    """The output distance of a method, and whether it has a feature term that counts."""
+    if settings.fold_steps is None:
+        return METHODS[method][0], METHODS[method][1] and settings.lambda_feat > 0
+    return FOLDED[method][0], FOLDED[method][1] and settings.lambda_hidden > 0
+
+
 def objective(
     settings: Settings,
     process: DDPM,
@@ -357,6 +410,9 @@ def objective(
     lambda_feat: float,
 ) -> tuple[Tensor, Distillation | None]:
     """L = lambda_diff L_diffusion + lambda_out L_KD + lambda_feat L_FeatKD (paper, Method).
+
+    With --fold-steps OutKD is the absolute error, and the feature term lambda_hidden times that of the last feature,
+    scaled as if it had as many elements as the output (SFDDM: the means of both, weighted alike).
 
     Of networks that predict their variance, the variational bound joins L_diffusion and the same bound to the teacher
     L_KD (TinyFusion); OutKD, LIFT and PLACE look at the prediction alone.
@@ -376,19 +432,24 @@ def objective(
     if variance is not None:
         loss = loss + process.bound(output, batch.x0, x_t, batch.t)
     loss = settings.lambda_diff * loss
-    distance, _ = METHODS[method]
+    distance, _ = terms(settings, method)
     parts = None
     if distance is not None:
         teacher_prediction, _ = split(teacher_output, x_t.shape[1])
         if distance == "mse":
             kd = squared_error(settings, prediction, teacher_prediction)
+        elif distance == "l1":
+            kd = absolute_error(settings, prediction, teacher_prediction, x_t[0].numel())
         else:
             parts = fit(settings, distance, prediction, teacher_prediction, weight)
             kd = parts.loss
         if variance is not None:
             kd = kd + process.bound(output, batch.x0, x_t, batch.t, teacher_output)
         loss = loss + settings.lambda_out * kd
-    if features:
+    if features and settings.fold_steps is not None:
+        hidden = absolute_error(settings, features[-1], teacher_features[-1], x_t[0].numel())
+        loss = loss + settings.lambda_hidden * hidden
+    elif features:
         loss = loss + lambda_feat * FEATURES[settings.constants](features, teacher_features)
     return loss, parts
 
@@ -423,11 +484,14 @@ class Student:
         self.net = net.train()
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.module = self.bare = self.net
-        if METHODS[method][1] and isinstance(teacher, Tapped):
+        if terms(settings, method)[1] and isinstance(teacher, Tapped):
             torch.manual_seed(hash_seed(seed))  # of the adapters
             # the blocks of a transformer keep their width, the layers of a U-Net do not
-            widths = feature_channels(teacher.net) if isinstance(net, UNet) else None
-            self.module = self.bare = Tapped(net, adapters_to=widths).to(device)
+            names = teacher.names if isinstance(net, UNet) else None
+            widths = feature_channels(teacher.net, names) if isinstance(net, UNet) else None
+            if settings.fold_steps is not None and widths == feature_channels(net, names):
+                widths = None  # SFDDM compares the features themselves
+            self.module = self.bare = Tapped(net, names, widths).to(device)
         if settings.compile:
             self.bare.compile()  # in place: the names of the parameters stay
         self.optimizer = torch.optim.Adam(self.bare.parameters(), lr=settings.lr, fused=device.type != "mps")
@@ -519,7 +583,8 @@ def train(
                 teacher_output, teacher_features = None, []
                 with torch.no_grad(), half:
                     if needed:
-                        teacher_output, teacher_features = predict(teacher, x_t, part.t, part.cond)
+                        teacher_t = part.t if settings.fold_steps is None else process.phi(part.t)
+                        teacher_output, teacher_features = predict(teacher, x_t, teacher_t, part.cond)
                 shared, began = time.perf_counter() - began, time.perf_counter()
                 for student in students:
                     torch.manual_seed(hash_seed(student.seed, step, rank, first))  # of the dropout
@@ -811,6 +876,7 @@ def prepare(settings: Settings) -> Run:
             check_blocks(len((teacher or new_network(settings, images)).blocks), settings.keep)
     if student is not None and isinstance(student, UNet) != (settings.arch == "unet"):
         raise ValueError(f"--student {settings.student} is a {type(student).__name__}, the teacher a {settings.arch}")
+    check_steps(settings, teacher, student)
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
     fit(settings, "place", probe, probe)  # refuses a group size that does not fit
     vae = None
@@ -829,6 +895,24 @@ def prepare(settings: Settings) -> Run:
         if any(metrics["settings"][name] != getattr(settings, name) for name in EVALUATION):
             metrics = None  # evaluated otherwise: evaluate again
     return Run(settings, device, images, held_out, teacher, teacher_checkpoint, student, vae, checkpoint, metrics)
+
+
+def check_steps(settings: Settings, teacher: nn.Module | None, student: nn.Module | None) -> None:
+    """ValueError where the timesteps of the run, of its teacher and of a given student do not go together."""
+    total, fold = DDPM().steps if teacher is None else evaluate.process_of(teacher).steps, settings.fold_steps
+    if fold is not None and total != DDPM().steps and total % fold:
+        raise ValueError(
+            f"--fold-steps {fold} does not match --teacher {settings.teacher}, which has {total} timesteps: take a "
+            f"divisor of {total}"
+        )
+    has = fold or total
+    if settings.sample_steps > has:
+        raise ValueError(f"--sample-steps {settings.sample_steps} cannot be used, the teacher has {has} timesteps")
+    if student is not None and student.config.get("fold_steps") not in (None, has):
+        raise ValueError(
+            f"--student {settings.student} has {student.config['fold_steps']} timesteps, this run {has}: "
+            f"use --fold-steps {student.config['fold_steps']}, or another student"
+        )
 
 
 def open_network(name: str, where: str, settings: Settings, images: data.Images) -> nn.Module:
@@ -999,18 +1083,24 @@ def choose_blocks(run: Run, teacher: Network, process: DDPM, method: str, seed: 
     return keep
 
 
-def tap(teacher: Network, student: Network) -> Tapped:
+def tap(settings: Settings, teacher: Network, student: Network) -> Tapped:
     """The teacher with the features that those of the student are compared with."""
-    if isinstance(student, UNet):
-        return Tapped(teacher)
+    if isinstance(student, UNet):  # of a fold the last one, what the output is made from
+        return Tapped(teacher, None if settings.fold_steps is None else teacher.feature_layers()[-1:])
     return Tapped(teacher, [f"blocks.{i}" for i in layer_map(len(student.blocks), len(teacher.blocks))])
 
 
-def make_students(run: Run, nets: list[Network], tapped: nn.Module) -> list[Student]:
+def make_students(run: Run, nets: list[Network], tapped: nn.Module, fold_steps: int | None) -> list[Student]:
     """One student per method and seed; those of one seed start from the same network."""
     settings, students = run.settings, []
     for seed, start in zip(settings.seeds, nets, strict=True):
-        net = on_device(copy.deepcopy(start), run.device).requires_grad_(True)
+        net = copy.deepcopy(start)
+        if settings.init == "random":
+            torch.manual_seed(hash_seed(seed))
+            net = type(net)(**net.config)
+        net = on_device(net, run.device).requires_grad_(True)
+        if fold_steps is not None:
+            net.config["fold_steps"] = fold_steps
         if "dropout" in net.config:
             net.config["dropout"] = settings.dropout
         for module in net.modules():
@@ -1023,20 +1113,22 @@ def make_students(run: Run, nets: list[Network], tapped: nn.Module) -> list[Stud
 def distil(run: Run) -> dict[str, Any] | None:
     """The whole run: teacher, students, training, evaluation. Returns what metrics.json holds; None: stopped early."""
     settings, folder = run.settings, Path(run.settings.out)
-    process = DDPM(spacing=settings.spacing)
     if run.metrics is not None:
         say(f"{folder}: this run is finished, nothing to train; its results:")
         report(run.metrics, folder)
         return run.metrics
-    teacher = train_teacher(run, process) if run.teacher is None else run.teacher
+    teacher = train_teacher(run, DDPM(spacing=settings.spacing)) if run.teacher is None else run.teacher
     if teacher is None:
         return None
+    process = evaluate.process_of(teacher, settings.spacing)
     teacher = on_device(teacher, run.device).eval().requires_grad_(True)  # for the gradients that Taylor pruning needs
     nets = pruned(run, teacher, process)
     teacher.requires_grad_(False).zero_grad(set_to_none=True)
-    features = settings.lambda_feat > 0 and any(METHODS[method][1] for method in settings.kd)
-    tapped = tap(teacher, nets[0]) if features else teacher
-    students = make_students(run, nets, tapped)
+    features = any(terms(settings, method)[1] for method in settings.kd)
+    tapped = tap(settings, teacher, nets[0]) if features else teacher
+    students = make_students(run, nets, tapped, settings.fold_steps or teacher.config.get("fold_steps"))
+    if settings.fold_steps is not None:
+        process = process.fold(settings.fold_steps)  # of the students
     if settings.compile:
         tapped.compile()
     if not resume(settings, students, tapped, run, process, run.checkpoint):
@@ -1059,7 +1151,11 @@ def student_folder(folder: Path, student: Student, students: list[Student]) -> P
 
 
 def measure(run: Run, teacher: Network, students: list[Student], process: DDPM) -> dict[str, Any]:
-    """Sample the teacher and every student from the same noise, score them, draw samples.png and curves.png."""
+    """Sample the teacher and every student from the same noise, score them, draw samples.png and curves.png.
+
+    Of a fold the teacher is sampled in its usual number of steps, which is what students are compared with, in as many
+    steps as they have (plain DDIM, what one would do instead), and at the very timesteps that theirs stand for.
+    """
     settings, folder, n = run.settings, Path(run.settings.out), run.settings.eval_samples
     sizes = lambda net: {"parameters": evaluate.parameters(net), "macs": evaluate.macs(net)}  # noqa: E731
     metrics = {"settings": plain(settings), "machine": evaluate.machine(), "protocol": "not evaluated"}
@@ -1073,25 +1169,42 @@ def measure(run: Run, teacher: Network, students: list[Student], process: DDPM) 
     real = run.images.images[:50_000] if run.vae is None else evaluate.decoded(run.vae, run.images, n)  # (N, C, H, W)
     classifier = evaluate.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
     labels = torch.arange(n) % teacher.config["num_classes"] if "y" in teacher.conditions else None  # (n,)
-    options = {"seed": settings.seed, "steps": settings.sample_steps, "eta": settings.eta, "device": run.device}
+    options = {"seed": settings.seed, "eta": settings.eta, "device": run.device}
     options |= {"guidance": settings.guidance, "cond": None if labels is None else {"y": labels}, "vae": run.vae}
-    samples = {"teacher": evaluate.sample(teacher, process, n, label="sampling teacher", **options)}
-    metrics["teacher"] |= evaluate.score(samples["teacher"], samples["teacher"], real, classifier, labels)
+    own, steps = evaluate.process_of(teacher, settings.spacing), settings.sample_steps
+    ways = {"teacher": (teacher, own, steps)}
+    if settings.fold_steps is not None:
+        usual = min(preset(settings.dataset, settings.prune)["sample_steps"], own.steps)
+        theirs = process.phi(torch.tensor(process.timesteps(steps))).tolist()
+        ways = {"teacher": (teacher, own, usual), f"teacher, {steps} steps": (teacher, own, steps)}
+        ways[f"teacher, {steps} folded"] = (teacher, own, theirs)
+    samples = {}
+    for name, (net, its, at) in ways.items():
+        samples[name] = evaluate.sample(net, its, n, steps=at, label=f"sampling {name}", **options)
+    scores = {name: evaluate.score(x, samples["teacher"], real, classifier, labels) for name, x in samples.items()}
+    metrics["teacher"] |= scores.pop("teacher")
+    if scores:
+        metrics["same_steps"] = [{"method": name, **sizes(teacher), **row} for name, row in scores.items()]
     if run.held_out is not None:
         held_out, theirs = data.to_float(run.held_out.images), torch.from_numpy(run.held_out.labels)
         metrics["floor"] = evaluate.score(held_out, None, real, classifier, None if labels is None else theirs)
     for student, numbers in zip(students, metrics["students"], strict=True):
-        x = evaluate.sample(student.ema, process, n, label=f"sampling {student.name}", **options)
+        x = evaluate.sample(student.ema, process, n, steps=steps, label=f"sampling {student.name}", **options)
         numbers.update(evaluate.score(x, samples["teacher"], real, classifier, labels))
         samples.setdefault(student.method, x)  # the grid shows the first seed of each method
+        ways.setdefault(student.method, (student.ema, process, steps))
     by_class = {"columns": teacher.config["num_classes"]} if labels is not None and len(labels.unique()) <= 16 else {}
     evaluate.grid(folder / "samples.png", samples, **by_class)
+    if settings.fold_steps is not None:
+        noise = evaluate.interpolate(teacher.shape, settings.seed)
+        between = {name: its.sample(net, noise.shape, at, noise=noise) for name, (net, its, at) in ways.items()}
+        evaluate.grid(folder / "interpolations.png", between)
     metrics["protocol"] = evaluate.protocol(
         len(real),
         n,
         n_floor=0 if run.held_out is None else len(run.held_out.images),
-        sampler="DDIM",
-        steps=settings.sample_steps,
+        sampler="DDIM" if settings.fold_steps is None else f"teacher DDIM, {ways['teacher'][2]} steps; others DDIM",
+        steps=steps,
         eta=settings.eta,
         ema=settings.ema,
         seed=settings.seed,

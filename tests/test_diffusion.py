@@ -203,6 +203,63 @@ def test_a_first_call_under_inference_mode_does_not_spoil_training():
     assert x0.grad is not None
 
 
+@settings(deadline=None)
+@given(total=st.integers(1, 1000), data=st.data())
+def test_a_fold_sees_the_same_images_at_evenly_spaced_timesteps(total, data):
+    steps = data.draw(st.integers(1, total))
+    teacher = DDPM(total)
+    student = teacher.fold(steps)
+    t = torch.arange(steps)
+    phi = student.phi(t)
+    assert phi[-1] == total - 1 and phi[0] >= 0
+    assert set(phi.diff().tolist()) <= {total // steps, -(-total // steps)}
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(steps, 1, 2, 2, generator=generator) for _ in range(2))
+    assert torch.equal(student.add_noise(x0, noise, t), teacher.add_noise(x0, noise, phi))
+    assert student.steps == steps and student.sample_t(50).max() < steps
+    torch.testing.assert_close((1 - student.betas).cumprod(0), student.alpha_bar, rtol=1e-3, atol=0)
+
+
+def test_the_fold_of_all_steps_is_the_process_itself_and_folds_can_follow_each_other():
+    process, t = DDPM(), torch.arange(1000)
+    same = process.fold(1000)
+    assert torch.equal(same.phi(t), t) and torch.equal(process.phi(t), t)
+    assert torch.equal(same.alpha_bar, process.alpha_bar) and torch.equal(same.betas, process.betas)
+    twice, once = process.fold(125).fold(25), process.fold(25)
+    assert torch.equal(twice.alpha_bar, once.alpha_bar)
+    assert twice.phi(torch.arange(25)).tolist() == list(range(4, 125, 5))  # the timesteps of 125, not of 1000
+    torch.testing.assert_close(twice.betas, once.betas)
+    assert process.fold(128).phi(torch.tensor([0, 1, 127])).tolist() == [6, 14, 999]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 25, 128])
+def test_a_teacher_on_the_fold_samples_as_ddim_on_those_timesteps(steps, eta):
+    net, noise, process = small_net(), torch.randn(2, 3, 4, 4), DDPM()
+    student = process.fold(steps)
+    visited = student.phi(torch.arange(steps)).tolist()[::-1]
+
+    def wrapped(x, t, cond):
+        return net(x, student.phi(t), cond)
+
+    def sample(where, by, at):
+        return where.sample(by, noise.shape, at, eta=eta, noise=noise, generator=torch.Generator().manual_seed(0))
+
+    folded = sample(student, wrapped, steps)
+    assert torch.equal(folded, sample(process, net, visited))
+    assert (folded - sample(process, net, steps)).abs().max() > 1e-3  # which are not those that DDIM would take
+
+
+def test_the_sampler_visits_the_timesteps_it_is_given():
+    calls = []
+    net = lambda x, t, cond: calls.append(int(t[0])) or 0 * x  # noqa: E731
+    DDPM().sample(net, (1, 1, 2, 2), [999, 500, 3])
+    assert calls == [999, 500, 3]
+    process, x0 = DDPM().fold(5), torch.linspace(-1, 1, 4)
+    x = process.sample(gaussian_oracle(process, x0, 0.0), (2, 1, 4, 4), 3)  # fewer than it has
+    torch.testing.assert_close(x, x0.expand(2, 1, 4, 4), rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -212,6 +269,14 @@ def test_a_first_call_under_inference_mode_does_not_spoil_training():
         (lambda p: p.sample_t(0), "at least 1"),
         (lambda p: p.sample(None, (1, 1, 4, 4), 0), "1 to 1000 steps"),
         (lambda p: p.sample(None, (1, 1, 4, 4), 1001), "1 to 1000 steps"),
+        (lambda p: p.sample(None, (1, 1, 4, 4), [5, 5]), "must fall"),
+        (lambda p: p.sample(None, (1, 1, 4, 4), [1000, 0]), "at most 999"),
+        (lambda p: p.sample(None, (1, 1, 4, 4), [0, -1]), "at least 0"),
+        (lambda p: p.sample(None, (1, 1, 4, 4), []), "must fall"),
+        (lambda p: p.fold(0), "1 to 1000 steps, not 0"),
+        (lambda p: p.fold(1001), "1 to 1000 steps, not 1001"),
+        (lambda p: p.fold(25).fold(26), "1 to 25 steps, not 26"),
+        (lambda p: p.fold(25).sample(None, (1, 1, 4, 4), 26), "1 to 25 steps"),
         (lambda p: p.sample(None, (1, 1, 4, 4), eta=1.5), "eta"),
         (lambda p: p.sample(None, (1, 1, 4, 4), eta=-0.1), "eta"),
         (lambda p: p.sample(None, (1, 1, 4, 4), noise=torch.zeros(2, 1, 4, 4)), r"\(1, 1, 4, 4\).*\(2, 1, 4, 4\)"),

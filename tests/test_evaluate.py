@@ -165,6 +165,16 @@ def test_start_noise_belongs_to_seed_and_image():
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
 
 
+def test_interpolated_noise_turns_from_one_start_to_the_other():
+    noise = evaluate.interpolate((3, 16, 16), seed=4, n=5)
+    ends = evaluate.start_noise(4, (3, 16, 16), 4)
+    torch.testing.assert_close(noise[[0, 4, 5, 9]], ends)
+    unit = torch.nn.functional.normalize(noise[:5].flatten(1))
+    steps = (unit[1:] * unit[:-1]).sum(1)  # cosines of equal angles
+    assert steps.max() - steps.min() < 0.02
+    assert (noise.std((1, 2, 3)) - 1).abs().max() < 0.1  # a straight line would pass 0.7
+
+
 def test_samples_do_not_depend_on_the_batch():
     whole = draw(Halver(), 10, batch=10)
     assert whole.shape == (10, 1, 4, 4) and whole.dtype == torch.float32

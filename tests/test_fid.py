@@ -287,6 +287,20 @@ def test_a_run_and_its_students_are_evaluated(net, capsys):
     assert "| out-0 " in out and "FID@12" in out and "inception-clean" in out
 
 
+def test_a_student_of_few_steps_is_sampled_in_them(net, capsys):
+    net.save("net")
+    config = json.loads(Path("net/config.json").read_text())
+    Path("net/config.json").write_text(json.dumps(config | {"fold_steps": 3}))
+    arguments = ["net", "--num", "8", "--dataset", "digits", "--device", "cpu", "--real", "100"]
+    assert evaluate.main(arguments, means) == 0
+    assert "DDIM, 3 steps" in capsys.readouterr().out
+    noise = evaluate.start_noise(8, SHAPE, 0)
+    expected = data.to_uint8(DDPM().fold(3).sample(net, noise.shape, 3, noise=noise)).numpy()
+    assert abs(np.load("runs/evaluation/net/samples.npy").astype(int) - expected).max() <= 1
+    assert evaluate.main([*arguments, "--sample-steps", "4", "--out", "four"], means) == 2
+    assert "1 to 3 steps" in capsys.readouterr().err
+
+
 def test_without_weights_nothing_is_sampled(net, tmp_path, monkeypatch, capsys):
     net.save("net")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

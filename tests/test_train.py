@@ -354,6 +354,153 @@ def test_the_learning_rate_warms_up_and_decays():
     assert train.lr_factor(train.Settings(steps=100, warmup=0, decay="constant"), 99) == 1
 
 
+# --------------------------------------------------------------------------------------------------------- fewer steps
+
+FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
+
+
+@pytest.fixture
+def _no_curves(monkeypatch):
+    """Other tests look at curves.png; drawing it takes longer than training."""
+    monkeypatch.setattr(train.evaluate, "curves", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_no_curves")
+def test_a_fold_of_a_pruned_student_resumes_exactly_and_is_sampled_in_its_own_steps(monkeypatch, capsys):
+    save = train.save_checkpoint
+
+    def save_and_keep(settings, students, folder, step):
+        save(settings, students, folder, step)
+        if folder.name == "fold" and step == 2:
+            Path("runs/fold-went-on").mkdir()
+            shutil.copy(folder / "checkpoint.pt", "runs/fold-went-on/checkpoint.pt")
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_keep)
+    arguments = [*FOLD, "--kd", "out", "place"]
+    run(*arguments, "--out", "runs/fold")
+    run(*arguments, "--out", "runs/fold-went-on", "--eval-samples", "0")
+    assert "resumed at step 2 of 6" in capsys.readouterr().out
+    for name in ("out-0", "place-0"):
+        student = weights(f"runs/fold/student/{name}")
+        assert same(student, weights(f"runs/fold-went-on/student/{name}"))
+    assert log("runs/fold")[-4:] == log("runs/fold-went-on")[-4:]
+
+    metrics = json.loads(Path("runs/fold/metrics.json").read_text())
+    assert [row["method"] for row in metrics["same_steps"]] == ["teacher, 5 steps", "teacher, 5 folded"]
+    assert metrics["teacher"]["teacher_mse"] == 0 < metrics["same_steps"][0]["teacher_mse"]
+    table = train.evaluate.table(train.evaluate.rows(metrics))
+    assert "| place, 5 steps " in table and "| teacher, 5 folded " in table
+    assert "teacher DDIM, 50 steps; others DDIM, 5 steps" in metrics["protocol"]
+    assert Path("runs/fold/interpolations.png").stat().st_size > 0
+
+    saved = models.load("runs/fold/student/place-0")  # knows how to be sampled
+    assert saved.config["fold_steps"] == 5 and train.evaluate.process_of(saved).steps == 5
+    noise = train.evaluate.start_noise(16, (1, 8, 8), 0)
+    x = DDPM().fold(5).sample(saved, noise.shape, 5, noise=noise)
+    teacher = models.load(Path(train.teacher_settings(train.parse(TINY)[0]).out) / "teacher")
+    usual = DDPM().sample(teacher, noise.shape, 50, noise=noise)
+    row = next(row for row in metrics["students"] if row["method"] == "place")
+    assert row["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
+    row, (_, folded) = metrics["same_steps"][0], metrics["same_steps"]
+    x = DDPM().sample(teacher, noise.shape, 5, noise=noise)
+    assert row["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
+    x = DDPM().sample(teacher, noise.shape, [999, 799, 599, 399, 199], noise=noise)
+    assert folded["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
+
+    # a folded student teaches students of as many or fewer steps
+    arguments = ["--kd", "out", "--eval-samples", "0", "--teacher", "runs/fold/student/place-0"]
+    run(*arguments, "--fold-steps", "1", "--sample-steps", "1", "--out", "runs/fold-of-fold")
+    assert models.load("runs/fold-of-fold/student").config["fold_steps"] == 1
+    run(*arguments, "--sample-steps", "5", "--out", "runs/pruned-fold")
+    assert models.load("runs/pruned-fold/student").config["fold_steps"] == 5
+    for fold, words in ((["--fold-steps", "2"], "take a divisor of 5"), ([], "the teacher has 5 timesteps")):
+        assert train.main([*TINY, *fold, *arguments, "--sample-steps", "2" if fold else "6", "--out", "runs/no"]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert train.main([*TINY, "--student", "runs/fold/student/place-0", "--out", "runs/no"]) == 2
+    assert "use --fold-steps 5" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("_no_curves")
+def test_the_teacher_of_a_fold_sees_its_own_timestep_of_the_same_image(monkeypatch):
+    seen, predict = [], train.predict
+
+    def record(module, x_t, t, cond):
+        seen.append((x_t, t))
+        return predict(module, x_t, t, cond)
+
+    monkeypatch.setattr(train, "predict", record)
+    arguments = ["--fold-steps", "7", "--sample-steps", "7", "--steps", "1", "--eval-samples", "0"]
+    run(*arguments, "--kd", "out", "place", "--out", "runs/times")
+    (x, t), *students = seen
+    assert len(students) == 2  # and one teacher pass for both of them
+    for own_x, own_t in students:
+        assert own_x is x and own_t.max() < 7
+        assert t.tolist() == [[141, 284, 427, 570, 713, 856, 999][i] for i in own_t]
+
+
+def test_the_objective_of_a_fold_is_absolute_errors(outputs):
+    (student, target, teacher), (own, theirs) = outputs
+    batch, process = (
+        train.Batch(torch.zeros_like(target), target, torch.zeros(4, dtype=torch.int64), {}),
+        DDPM().fold(9),
+    )
+    for method, distance in (("out", lambda: (student - teacher).abs().flatten(1).sum(1).mean()),
+                             ("place", lambda: lift_place.place(student, teacher, reduction="sum").loss)):  # fmt: skip
+        settings = train.Settings(kd=(method,), fold_steps=9, lambda_out=0.25, lambda_hidden=2.0)
+
+        def loss(*features, settings=settings, method=method):
+            seen = settings, process, method, batch, target, student, teacher, *features, None, 0.0
+            return train.objective(*seen)[0]
+
+        expected = 0.25 * distance() + 2.0 * (own[0] - theirs[0]).abs().mean() * (2 * 8 * 8)
+        torch.testing.assert_close(loss(own[:1], theirs[:1]), expected)  # and no term for the data
+        torch.testing.assert_close(loss([], []), 0.25 * distance())
+
+
+def test_the_last_feature_needs_an_adapter_only_where_widths_differ():
+    settings = train.Settings(kd=("out",), fold_steps=10)
+    teacher = models.UNet(8, 1, channels=16, channel_mults=(1, 2), num_res_blocks=1, norm_groups=8)
+    tapped = models.Tapped(teacher, teacher.feature_layers()[-1:])
+    assert tapped.names == ["up.0.block.1"]
+    for ratio, adapters in ((0.5, 1), (0.0, 0)):
+        student = train.Student(settings, "out", 0, models.prune_channels(teacher, ratio), tapped)
+        assert len(student.bare.adapters or ()) == adapters
+        _, (feature,) = student.module(torch.zeros(2, 1, 8, 8), torch.tensor([0, 9]))
+        assert feature.shape == (2, 16, 8, 8)
+    assert isinstance(train.Student(settings, "none", 0, teacher, tapped).module, models.UNet)
+
+
+@pytest.mark.usefixtures("_no_curves")
+def test_random_weights_differ_by_seed_and_take_the_pruned_shape():
+    arguments = ["--kd", "out", "--lr", "1e-12", "--steps", "1", "--eval-samples", "0", "--importance", "magnitude"]
+    run(*arguments, "--out", "runs/init-teacher")
+    run(*arguments, "--init", "random", "--seeds", "0", "1", "--out", "runs/init-random")
+    folders = ("init-teacher/student", "init-random/student/out-0", "init-random/student/out-1")
+    teacher, first, second = (weights(f"runs/{folder}") for folder in folders)
+    for a, b in ((teacher, first), (first, second)):
+        assert {name: tensor.shape for name, tensor in a.items()} == {name: tensor.shape for name, tensor in b.items()}
+        assert not same(a, b, tolerance=1e-3)
+
+
+@pytest.mark.usefixtures("_no_curves")
+def test_two_processes_fold_what_one_folds():
+    arguments = [*FOLD, "--kd", "out", "place", "--prune", "0", "--eval-samples", "0"]
+    run(*arguments, "--out", "runs/fold-one")
+    subprocess.run(two_processes(*arguments, "--out", "runs/fold-two"), check=True, capture_output=True, timeout=300)
+    for name in ("out-0", "place-0"):
+        one, two = (weights(f"runs/fold-{number}/student/{name}") for number in ("one", "two"))
+        assert same(one, two, tolerance=1e-5), name
+
+
+def test_the_published_fold_is_a_preset(capsys):
+    assert train.main(["--dataset", "cifar10", "--prune", "0", "--fold-steps", "125", "--kd", "out", "--dry-run"]) == 0
+    settings = json.loads(capsys.readouterr().out)
+    expected = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0, "init": "random", "sample_steps": 125,
+                "lambda_diff": 0, "lambda_out": 1, "lambda_hidden": 1}  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    assert train.Settings(fold_steps=5).init == "teacher" and train.Settings().lambda_diff == 1
+
+
 # --------------------------------------------------------------------------------------------------- resume, processes
 
 
@@ -458,6 +605,15 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
         (["--teacher", "/nowhere"], ["/nowhere", "network"]),
         (["--steps", "0"], ["--steps 0", "at least 1"]),
         (["--eval-samples", "3"], ["--eval-samples 3", "at least 6"]),
+        (["--fold-steps", "0"], ["--fold-steps 0", "at least 1 and at most 1000"]),
+        (["--fold-steps", "-5"], ["--fold-steps -5", "at least 1 and at most 1000"]),
+        (["--fold-steps", "1001"], ["--fold-steps 1001", "at least 1 and at most 1000"]),
+        (["--fold-steps", "ten"], ["--fold-steps", "ten"]),
+        (["--fold-steps", "10", "--sample-steps", "11"], ["--sample-steps 11", "at most 10"]),
+        (["--fold-steps", "10", "--kd", "feat"], ["--kd feat", "none, out, lift, place"]),
+        (["--fold-steps", "10", "--kd", "none"], ["--kd none", "--lambda-diff 1"]),
+        (["--fold-steps", "10", "--arch", "dit"], ["--fold-steps", "--arch unet"]),
+        (["--prune", "0", "--seeds", "0", "1"], ["--seeds", "--init random"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--group-size", "7"], ["7", "64", "2, 4, 8, 16, 32, 64"]),
         (["--image-size", "12"], ["8 or 16", "12"]),
