@@ -963,6 +963,8 @@ class Tapped(nn.Module):
         finally:
             self.recorder.outputs = outer  # nothing of this call stays behind
         features = [outputs[self.net.get_submodule(name)] for name in self.names]  # each (B, C, H, W), C H W its own
+        if hasattr(self.net, "feature"):
+            features = [self.net.feature(output) for output in features]  # foreign layers return more than a tensor
         if self.adapters is not None:
             features = [adapter(f) for adapter, f in zip(self.adapters, features, strict=True)]
         return prediction, features
