@@ -18,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,8 +122,14 @@ class Vae:
         if not folder.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
             raise FileNotFoundError(f"--vae {where} is neither a folder nor a Hugging Face id such as owner/name")
         inside = {"subfolder": "vae"} if (folder / "vae" / "config.json").is_file() else {}
+        read = partial(AutoencoderKL.from_pretrained, str(where), use_safetensors=True)
         try:
-            self.net = AutoencoderKL.from_pretrained(str(where), use_safetensors=True, **inside)
+            try:
+                self.net = read(**inside)
+            except OSError:  # on the hub it may be part of a pipeline
+                if folder.exists():
+                    raise
+                self.net = read(subfolder="vae")
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"--vae {where} cannot be loaded: {str(error).splitlines()[0]}") from error
         self.net.requires_grad_(False).eval().to(device)
