@@ -22,6 +22,7 @@ and Dhariwal 2021, arXiv 2102.09672), guidance (Ho and Salimans 2022, arXiv 2207
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -442,11 +443,18 @@ class RectifiedFlow:
         return z + (t_next - t) / self.steps * v
 
 
+Process = DDPM | RectifiedFlow
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "schedule": "scaled_linear"}
-PROCESSES: dict[str, DDPM | RectifiedFlow] = {  # by the names that a run writes down
-    "ddpm": DDPM(),
-    "flow": RectifiedFlow(),
-    "sd": DDPM(**STABLE),  # Stable Diffusion 1, 2-base and 2.1-base
-    "sd-v": DDPM(**STABLE, prediction="v"),  # Stable Diffusion 2 and 2.1 at 768 pixels
-    "sd3": RectifiedFlow(shift=3.0),  # Stable Diffusion 3 and 3.5
+PROCESSES: dict[str, tuple[type[Process], dict[str, Any]]] = {  # by the names that a run writes down
+    "ddpm": (DDPM, {}),
+    "flow": (RectifiedFlow, {}),
+    "sd": (DDPM, STABLE),  # Stable Diffusion 1, 2-base and 2.1-base
+    "sd-v": (DDPM, {**STABLE, "prediction": "v"}),  # Stable Diffusion 2 and 2.1 at 768 pixels
+    "sd3": (RectifiedFlow, {"shift": 3.0}),  # Stable Diffusion 3 and 3.5
 }
+
+
+def process_named(name: str, spacing: str = "leading") -> Process:
+    """The process of that name in `PROCESSES`; `spacing` is the sampler's, where it has a choice (DDPM)."""
+    kind, settings = PROCESSES[name]
+    return kind(**settings, **({"spacing": spacing} if kind is DDPM else {}))

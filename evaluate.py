@@ -129,7 +129,8 @@ def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
     from torch_pruning.utils import count_ops_and_params
 
     x, t = torch.empty(1, *(net.shape if shape is None else shape), device="meta"), torch.empty(1, device="meta")
-    cond = {"y": torch.empty(1, dtype=torch.int64, device="meta")} if "y" in net.conditions else {}
+    cond = {"y": torch.tensor(0)} if "y" in net.conditions else net.no_condition() or {}  # of one sample
+    cond = {key: torch.empty(1, *value.shape, dtype=value.dtype, device="meta") for key, value in cond.items()}
     counted = int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t, cond))[0])
     return counted + (net.attention_macs() if hasattr(net, "attention_macs") else 0)
 
@@ -848,6 +849,8 @@ def card(folder: str | os.PathLike, metrics: dict) -> None:
     ]
     if all((folder / name).exists() for name in FILES):
         parts.append(f"```python\nimport models\n\nnet = models.load({folder.name!r})  # net(x_t, t) -> noise\n```")
+    elif (folder / "config.json").exists() and settings.get("arch") in foreign.EXPORT:
+        parts.append(foreign.EXPORT[settings["arch"]].format(student=folder.name, teacher=settings["teacher"]))
     parts += ["## Settings", f"```json\n{json.dumps(settings, indent=2)}\n```"]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import tempfile
@@ -286,13 +287,47 @@ class Diffusers(Network):
 
     kind: str  # its class in diffusers
     folder: str  # where it lies in a pipeline
-    inputs: tuple[str, ...]  # of `cond`
+    unit: int  # height and width of a sample must be multiples of it
+    widths: dict[str, int]  # of what it reads, by the names in `conditions`
+    largest: float = math.inf  # height and width of a sample
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net = net
-        config = {name: value for name, value in net.config.items() if not name.startswith("_")}
-        self.config = {**config, "image_size": config["sample_size"]}
+        self.net, self.null = net, None
+        self.config = {name: value for name, value in net.config.items() if not name.startswith("_")}
+        self.shape = (self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
+
+    def fit(self, shape: tuple[int, int, int], null: dict[str, Tensor], dropout: float) -> None:
+        """Makes it a network for samples of `shape` (C, H, W), which may be of another size than its config says.
+
+        null     the `cond` of one sample that stands for none: the embedding of the empty prompt
+        dropout  the share of the samples of which training drops the captions
+
+        ValueError if it cannot take such samples or such embeddings.
+        """
+        widths = {name: value.shape[-1] for name, value in null.items()}
+        if widths != self.widths:
+            raise ValueError(f"it reads embeddings of widths {self.widths}, but the data has {widths or 'none'}")
+        if shape[0] != self.shape[0] or shape[1] % self.unit or shape[2] % self.unit:
+            raise ValueError(
+                f"it takes samples of {self.shape[0]} channels, height and width multiples of {self.unit}, not {shape}"
+            )
+        if max(shape[1:]) > self.largest:
+            raise ValueError(f"it knows positions for a height and width of {self.largest} at most, not {shape[1:]}")
+        self.shape, self.null, self.condition_dropout = tuple(shape), null, dropout
+
+    def no_condition(self) -> dict[str, Tensor] | None:
+        return self.null
+
+    def smaller(self, config: dict[str, Any], state: dict[str, Tensor] | None) -> "Diffusers":
+        """One with another config, for the same data; `state` holds its weights, which it takes as its own, or None."""
+        if state is None:
+            with torch.device(next(self.parameters()).device):
+                net = self.of(config)
+        else:
+            net = self.of(config, state)
+        net.shape, net.null, net.condition_dropout = self.shape, self.null, self.condition_dropout
+        return net.to(next(self.parameters()).dtype).train(self.training)
 
     @classmethod
     def of(cls, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> "Diffusers":
@@ -325,11 +360,11 @@ class Diffusers(Network):
         (self.net.enable_gradient_checkpointing if enable else self.net.disable_gradient_checkpointing)()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """x_t (B, C, H, W), t (B,), cond with the tensors of `inputs` -> (B, out_channels, H, W)."""
-        if set(cond or {}) != set(self.inputs):
+        """x_t (B, C, H, W), t (B,), cond with the tensors of `conditions` -> (B, out_channels, H, W)."""
+        if set(cond or {}) != set(self.conditions):
             given = ", ".join(cond) if cond else "nothing"
-            raise ValueError(f"a {self.kind} needs cond with {' and '.join(self.inputs)}, but got {given}")
-        dtype = self.net.dtype
+            raise ValueError(f"a {self.kind} needs cond with {' and '.join(self.conditions)}, but got {given}")
+        dtype = next(self.net.parameters()).dtype
         return self.run(x_t.to(dtype), t, **{name: value.to(dtype) for name, value in cond.items()}).to(x_t.dtype)
 
     def feature(self, output: Tensor | tuple) -> Tensor:
@@ -343,7 +378,15 @@ class TextUNet(Diffusers):
     Its prediction is the noise, or the v of the models that are trained so; the process has to be told which.
     """
 
-    kind, folder, inputs = "UNet2DConditionModel", "unet", ("text",)
+    kind, folder, conditions = "UNet2DConditionModel", "unet", ("text",)
+
+    @property
+    def unit(self) -> int:
+        return 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"text": self.config["cross_attention_dim"]}
 
     def run(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.net(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
@@ -373,7 +416,8 @@ class TextUNet(Diffusers):
 
     def feature(self, output: Tensor | tuple) -> Tensor:
         output = output[0] if isinstance(output, tuple) else output  # a stage on the way down also returns its skips
-        return output.transpose(1, 2) if output.ndim == 3 else output  # proj_out of Stable Diffusion 2: (B, HW, C)
+        # Stable Diffusion 2 has a linear layer as proj_out: (B, HW, C) -> (B, C, HW, 1)
+        return output.transpose(1, 2)[..., None] if output.ndim == 3 else output
 
 
 # The students of BK-SDM (https://arxiv.org/abs/2305.15798) lose the second of two layers in every stage; "small" also
@@ -416,9 +460,7 @@ def bk_sdm(net: TextUNet, size: str) -> TextUNet:
             next(n for n in range(most, 0, -1) if width % n == 0)  # not every width divides by the teacher's number
             for most, width in zip(heads, NARROW[size], strict=True)
         ]
-        with torch.device(next(net.parameters()).device):
-            student = TextUNet.of({**config, "block_out_channels": NARROW[size]})
-        return student.to(next(net.parameters()).dtype).train(net.training)
+        return net.smaller({**config, "block_out_channels": NARROW[size]}, None)
 
     config["layers_per_block"] = 1
     if size != "base":
@@ -435,7 +477,7 @@ def bk_sdm(net: TextUNet, size: str) -> TextUNet:
         if size == "tiny":
             theirs = re.sub(r"^up_blocks\.(\d)", lambda stage: f"up_blocks.{int(stage[1]) + 1}", theirs)
         taken[name] = state[theirs].clone()
-    return TextUNet.of(config, taken).train(net.training)
+    return net.smaller(config, taken)
 
 
 class MMDiT(Diffusers):
@@ -444,7 +486,19 @@ class MMDiT(Diffusers):
     cond: text (B, L, joint_attention_dim), the tokens of all encoders, and pooled (B, pooled_projection_dim).
     """
 
-    kind, folder, inputs = "SD3Transformer2DModel", "transformer", ("text", "pooled")
+    kind, folder, conditions = "SD3Transformer2DModel", "transformer", ("text", "pooled")
+
+    @property
+    def unit(self) -> int:
+        return self.config["patch_size"]
+
+    @property
+    def largest(self) -> int:
+        return self.config["patch_size"] * self.config["pos_embed_max_size"]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"text": self.config["joint_attention_dim"], "pooled": self.config["pooled_projection_dim"]}
 
     def run(self, x_t: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
         inputs = {"encoder_hidden_states": text, "pooled_projections": pooled, "timestep": t}
@@ -469,7 +523,7 @@ class MMDiT(Diffusers):
             block = self.blocks[i].state_dict()
             block = _without_text_output(block) if i == keep[-1] < blocks - 1 else block
             state |= {f"transformer_blocks.{new}.{name}": tensor for name, tensor in block.items()}
-        return MMDiT.of(config, {name: tensor.clone() for name, tensor in state.items()}).train(self.training)
+        return self.smaller(config, {name: tensor.clone() for name, tensor in state.items()})
 
     def feature_layers(self) -> list[str]:
         """Names of the layers whose outputs feature distillation compares: the blocks."""
@@ -489,6 +543,16 @@ def _without_text_output(block: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 WRAPPERS: dict[str, type[Diffusers]] = {wrapper.kind: wrapper for wrapper in (TextUNet, MMDiT)}
+EXPORT = {  # how a pipeline of diffusers takes a student, by --arch
+    arch: f"""```python
+from diffusers import DiffusionPipeline, {wrapper.kind}
+
+student = {wrapper.kind}.from_pretrained("{{student}}")
+pipeline = DiffusionPipeline.from_pretrained("{{teacher}}", {wrapper.folder}=student)
+image = pipeline("a photograph of an astronaut riding a horse").images[0]
+```"""
+    for arch, wrapper in {"sd": TextUNet, "mmdit": MMDiT}.items()
+}
 INSIDE = tuple(wrapper.folder for wrapper in WRAPPERS.values())  # where the network lies in a pipeline
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import foreign
-from diffusion import DDPM, PROCESSES
+from diffusion import DDPM, process_named
 from foreign import NARROW, MMDiT, TextUNet, bk_sdm, load, process_of
 from models import Tapped, UNet, prune_depth
 
@@ -401,10 +401,12 @@ def test_a_pipeline_says_for_which_process_it_was_trained(scheduler, name, tmp_p
     assert process_of(tmp_path) is None
     scheduler.save_pretrained(tmp_path / "scheduler")
     assert process_of(tmp_path) == name
-    if isinstance(PROCESSES[name], DDPM):
-        torch.testing.assert_close(PROCESSES[name].alpha_bar, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    process = process_named(name)
+    if isinstance(process, DDPM):
+        torch.testing.assert_close(process.alpha_bar, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+        assert process_named(name, "linspace").timesteps(2) == [999, 0]
     else:
-        assert PROCESSES[name].shift == scheduler.shift
+        assert process.shift == scheduler.shift
 
 
 def test_a_process_that_is_not_ours_is_refused(tmp_path):
@@ -419,7 +421,7 @@ def test_a_process_that_is_not_ours_is_refused(tmp_path):
 
 
 def test_v_prediction_equals_diffusers():
-    process = PROCESSES["sd-v"]
+    process = process_named("sd-v")
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -432,7 +434,7 @@ def test_v_prediction_equals_diffusers():
     x_t, v = process.add_noise(x0, noise, t), process.target(x0, noise, t)
     torch.testing.assert_close(v, scheduler.get_velocity(x0, noise, t), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(process.noise_in(v, x_t, t), noise, rtol=1e-4, atol=1e-4)
-    assert process.noise_in is not None and PROCESSES["sd"].noise_in(v, x_t, t) is v
+    assert process_named("sd").noise_in(v, x_t, t) is v
 
     def net(x, t, cond):
         return 0.5 * x.roll(1, -1) + torch.tanh(x + t.reshape(-1, 1, 1, 1) / 1000)
