@@ -41,11 +41,13 @@ class DDPM:
         schedule: how the betas grow, "linear" or, as Stable Diffusion's do, "scaled_linear": their roots do.
         prediction: what the network predicts, "noise" or "v" = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512).
 
-    Attributes: `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU.
+    Attributes: `sampler` (its name), `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU.
 
     Raises:
         ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown word.
     """
+
+    sampler = "DDIM"
 
     def __init__(
         self,
@@ -335,13 +337,13 @@ class RectifiedFlow:
             `RectifiedFlow().timesteps(4)` / 1000, as diffusers' own Flux pipeline does, it visits ours: 1000, 900, 750,
             500.)
 
-    Attribute: `steps`, how many units of t there are, 1000.
+    Attributes: `sampler` (its name), `steps`, how many units of t there are, 1000.
 
     Raises:
         ValueError: a `shift` that is not above 0.
     """
 
-    steps = 1000
+    sampler, steps = "Euler", 1000
 
     def __init__(self, shift: float = 1.0):
         if not 0 < shift < math.inf:

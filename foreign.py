@@ -624,6 +624,38 @@ class TextEncoder:
         return {"text": self.pipeline.encode_prompt(prompts, self.device, 1, False)[0].float().cpu()}
 
 
+class ClipScore:
+    """The mean cosine between the CLIP embeddings of images and of their prompts.
+
+    where  a CLIP model of transformers, folder or hub id; the paper's is laion/CLIP-ViT-g-14-laion2B-s34B-b88K
+
+    ImportError without transformers; ValueError for a model that cannot be read.
+    """
+
+    def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
+        transformers = library("transformers", "the CLIP score")
+        try:
+            self.model = transformers.CLIPModel.from_pretrained(str(where)).eval().to(device)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(where))
+            self.processor = transformers.CLIPImageProcessor.from_pretrained(str(where))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--clip {where} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    @torch.no_grad()
+    def __call__(self, images: Any, prompts: list[str]) -> float:
+        """images (n, 3, H, W) uint8, an array; n prompts."""
+        total, longest = 0.0, self.model.config.text_config.max_position_embeddings
+        for first in range(0, len(prompts), 64):
+            some = slice(first, first + 64)
+            tokens = self.tokenizer(
+                prompts[some], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            )
+            pixels = self.processor(list(images[some].transpose(0, 2, 3, 1)), return_tensors="pt")
+            output = self.model(**tokens.to(self.model.device), **pixels.to(self.model.device))
+            total += (output.image_embeds * output.text_embeds).sum().item()  # both of length 1
+        return total / len(prompts)
+
+
 T5 = ("text_encoder_3", "tokenizer_3")  # in a pipeline of Stable Diffusion 3
 
 

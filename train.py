@@ -1150,7 +1150,7 @@ def measure(run: Run, teacher: Network, students: list[Student], process: Proces
         len(real),
         n,
         n_floor=0 if run.held_out is None else len(run.held_out.images),
-        sampler="DDIM" if isinstance(process, DDPM) else "Euler",
+        sampler=process.sampler,
         steps=settings.sample_steps,
         eta=settings.eta,
         ema=settings.ema,
