@@ -9,6 +9,7 @@
         x0 = to_float(pixels.to(device, non_blocking=True))
 
     python data.py encode --vae stabilityai/sd-vae-ft-ema --data IMAGES --out LATENTS     # images to latents, once
+    python data.py encode --vae PIPELINE --text PIPELINE --data IMAGES --out LATENTS      # and their captions with them
 
 Images are decoded and resized once, into a memory-mapped file below `runs/cache/`; after that an epoch costs no
 decoding. What lies there may be deleted at any time. Sets too large to keep (LSUN bedroom: 596 GB) are decoded whenever
@@ -17,6 +18,7 @@ Units: pixels are uint8 0 .. 255 at rest, float32 -1 .. 1 in the network; latent
 """
 
 import argparse
+import csv
 import difflib
 import hashlib
 import io
@@ -74,6 +76,17 @@ class Images(NamedTuple):
     def record(self) -> dict[str, Any] | None:
         """How latents were made, see `encode`; None for pixels."""
         return getattr(self.images, "record", None)
+
+    @property
+    def no_condition(self) -> dict[str, Tensor] | None:
+        """The embedding of the empty prompt, as `conditions` gives those of captions, for one image; None without."""
+        return getattr(self.images, "no_condition", None)
+
+    def conditions(self, index: np.ndarray) -> dict[str, Tensor]:
+        """What is known of these images: {"y": (B,) int64} if there are labels, and the embeddings of their captions
+        in bfloat16 if there are captions, {"text": (B, L, D)} and for Stable Diffusion 3 also {"pooled": (B, P)}."""
+        labels = {} if self.labels is None else {"y": torch.from_numpy(self.labels[index])}
+        return labels | (self.images.captions(index) if isinstance(self.images, Latents) else {})
 
 
 def load(
@@ -504,6 +517,11 @@ class OnTheFly:
             images[i] = image
         return images
 
+    def stand_in(self, i: int) -> int:
+        """The number of the image that has been found in the place of i, usually i itself."""
+        like = lambda j: self.labels is None or self.labels[j] == self.labels[i]  # noqa: E731
+        return next(j for j in (*range(i, len(self)), *range(i)) if j not in self.unreadable and like(j))
+
     def _image(self, i: int) -> np.ndarray:
         for j in itertools.chain(range(i, len(self)), range(i)):
             if j in self.unreadable or (self.labels is not None and self.labels[j] != self.labels[i]):
@@ -652,7 +670,7 @@ def batches(
 
     Yields:
         images.images[batch_indices(len(images.images), batch, step, seed)[rows]], a tensor (B, C, H, W) uint8 or
-        (B, 2, C, H, W) float32, and their labels {"y": (B,) int64}, or {} if there are none.
+        (B, 2, C, H, W) float32, and their `images.conditions`.
 
     Raises:
         what indexing the images raises, at the step that it concerns. Closing the generator stops the threads.
@@ -662,7 +680,7 @@ def batches(
     def fetch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = batch_indices(len(images.images), batch, step, seed)[rows]
         pixels = torch.from_numpy(images.images[index])
-        cond = {} if images.labels is None else {"y": torch.from_numpy(images.labels[index])}
+        cond = images.conditions(index)
         return (
             (pixels.pin_memory(), {key: value.pin_memory() for key, value in cond.items()}) if pin else (pixels, cond)
         )
@@ -718,6 +736,11 @@ class Latents:
     record: dict[str, Any]  # as in RECORD
     shape: tuple[int, ...]
     dtype = np.dtype(np.float32)
+    no_condition: dict[str, Tensor] | None = None
+
+    def captions(self, index: np.ndarray) -> dict[str, Tensor]:
+        """The embeddings of the captions of these images, see `Images.conditions`; {} without captions."""
+        return {}
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -748,6 +771,14 @@ class Shards(Latents):
                     raise ValueError(f"{_shard(folder, i).name} is of shape {shard.shape}")
                 self.shards.append(shard)
             self.labels = np.load(folder / "labels.npy") if self.record["classes"] else None
+            self.texts = {name: [] for name in self.record.get("captions", {})}  # of each kind of embedding the shards
+            for name, shards in self.texts.items():
+                stored = tuple(self.record["captions"][name]["stored"])
+                for i, latents in enumerate([*self.shards, None]):
+                    file = _text_shard(folder, name, None if latents is None else i)
+                    shards.append(np.load(file, mmap_mode="r"))
+                    if shards[-1].shape != (1 if latents is None else len(latents), *stored):
+                        raise ValueError(f"{file.name} is of shape {shards[-1].shape}")
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error.filename} is missing: run the command that encoded into {folder} again, that completes it"
@@ -759,6 +790,30 @@ class Shards(Latents):
         shards, inside = rows // self.record["shard"], rows % self.record["shard"]
         for i in np.unique(shards):
             latents[shards == i] = self.shards[i][inside[shards == i]]
+
+    @property
+    def no_condition(self) -> dict[str, Tensor] | None:
+        empty = {name: shards[-1] for name, shards in self.texts.items()}
+        return {name: self._embeddings(name, shard)[0] for name, shard in empty.items()} or None
+
+    def captions(self, index: np.ndarray) -> dict[str, Tensor]:
+        rows, found = np.arange(len(self))[index], {}
+        shards, inside = rows // self.record["shard"], rows % self.record["shard"]
+        for name, files in self.texts.items():
+            bits = np.empty((len(rows), *files[-1].shape[1:]), np.uint16)
+            for i in np.unique(shards):
+                bits[shards == i] = files[i][inside[shards == i]]
+            found[name] = self._embeddings(name, bits)
+        return found
+
+    def _embeddings(self, name: str, bits: np.ndarray) -> Tensor:
+        """(B, *stored) bits of bfloat16, which numpy lacks -> (B, *shape) bfloat16; what is not stored is zero."""
+        values = torch.from_numpy(bits.astype(np.int32)).to(torch.int16).view(torch.bfloat16)
+        shape = self.record["captions"][name]["shape"]
+        pad = [
+            n for whole, own in zip(reversed(shape), reversed(values.shape[1:]), strict=True) for n in (0, whole - own)
+        ]
+        return F.pad(values, pad)
 
 
 class OnePerFile(Latents):
@@ -796,11 +851,83 @@ def _shard(folder: Path, i: int) -> Path:
     return folder / f"latents-{i:05d}.npy"
 
 
+def _text_shard(folder: Path, name: str, i: int | None) -> Path:
+    return folder / f"{name}-{'empty' if i is None else f'{i:05d}'}.npy"
+
+
+class Captioned(NamedTuple):
+    """Images with a caption each."""
+
+    files: list[str]  # their names
+    captions: list[str]
+    open: Callable[[str], Any]  # from a name to what PIL.Image.open takes
+
+
+def captioned(source: Path) -> Captioned:
+    """The images of a folder and their captions in metadata.csv or metadata.jsonl (file_name, text); or those of
+    WebDataset tars, one file or a folder of them: NAME.jpg beside NAME.txt, or a NAME.json with "caption" or "text".
+
+    Raises:
+        FileNotFoundError: there is no `source`. ValueError: it has no captions, or names images that are not there.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"there is no {source}; --data must name a folder of images, or a tar")
+    tars = sorted(source.glob("*.tar")) if source.is_dir() else [source]
+    tables = [source / name for name in ("metadata.jsonl", "metadata.csv") if (source / name).is_file()]
+    if tables:
+        with tables[0].open(encoding="utf-8", newline="") as file:
+            rows = list(map(json.loads, file)) if tables[0].suffix == ".jsonl" else list(csv.DictReader(file))
+        if lacking := [
+            row for row in rows if not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str)
+        ]:
+            raise ValueError(f"every row of {tables[0]} needs file_name and text, but one is {str(lacking[0])[:200]}")
+        files = [row["file_name"] for row in rows]
+        if missing := [name for name in files if not (source / name).is_file()]:
+            raise ValueError(f"{tables[0]} names {len(missing)} images that are not there, such as {missing[0]}")
+        found = Captioned(files, [row["text"] for row in rows], lambda name: source / name)
+    elif tars and all(map(tarfile.is_tarfile, tars)):
+        found = _webdataset(tars)
+    else:
+        raise ValueError(
+            f"{source} has no captions: it needs metadata.csv or metadata.jsonl (file_name, text), or tars"
+        )
+    if not found.files:
+        raise ValueError(f"{source} holds no image with a caption")
+    return found
+
+
+def _webdataset(tars: list[Path]) -> Captioned:
+    places, captions = {}, {}  # an image is read from its place in the tar, so that threads need not share a tar
+    for tar in tars:
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                key, _, suffix = member.name.rpartition("/")[2].partition(".")
+                key = f"{tar.name}/{member.name.rpartition('/')[0]}/{key}"
+                if f".{suffix.lower()}" in SUFFIXES:
+                    places[key] = tar, member.offset_data, member.size
+                elif suffix in ("txt", "json"):
+                    text = archive.extractfile(member).read().decode("utf-8")
+                    about = json.loads(text) if suffix == "json" else {}
+                    text = text if suffix == "txt" else about.get("caption", about.get("text"))
+                    if text is not None and (suffix == "txt" or key not in captions):
+                        captions[key] = text.strip()
+
+    def read(key: str) -> io.BytesIO:
+        tar, offset, size = places[key]
+        with tar.open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    files = [key for key in places if key in captions]
+    return Captioned(files, [captions[key] for key in files], read)
+
+
 def encode(
     vae: Any,
     images: Path,
     out: Path,
     *,
+    text: Any = None,
     image_size: int = 256,
     batch: int = 32,
     seed: int = 0,
@@ -816,6 +943,10 @@ def encode(
 
     Args:
         vae: a `foreign.Vae`, on its device.
+        text: a `foreign.TextEncoder`; then `images` is what `captioned` reads, and beside every shard of latents lie
+            the embeddings of its captions, text-00000.npy (n, L, D) and for Stable Diffusion 3 pooled-00000.npy (n, P),
+            the bits of bfloat16 as uint16, without the tokens and channels that are always zero. text-empty.npy and
+            pooled-empty.npy are those of the empty prompt.
         image_size: of the square that is cut out as ADM does (guided diffusion, `center_crop`).
 
     Returns: the record.
@@ -824,8 +955,8 @@ def encode(
         ValueError: no images, too many unreadable ones, or `out` holds latents that were made otherwise.
         OSError: no room on the disk.
     """
-    files = _image_files(images)
-    labels = _labels(files)
+    found = Captioned(_image_files(images), [], lambda file: images / file) if text is None else captioned(images)
+    files, labels = found.files, _labels(found.files) if text is None else None
     if image_size % vae.factor:
         raise ValueError(f"--image-size {image_size} is no multiple of {vae.factor}, by which the VAE shrinks images")
     record = {
@@ -834,12 +965,16 @@ def encode(
         "image_size": image_size,
         "preprocessing": "ADM centre crop; [image, mirror image], posterior samples",
         "seed": seed,
-        "images": hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        "images": _digest([*files, *found.captions]),
         "classes": len(set(labels)) if labels else 0,
         "count": len(files),
         "shard": SHARD,
         "dtype": "float16",
     }
+    if text is not None:
+        stored = {name: list(shape) for name, shape in {**text.shapes, "text": text.stored}.items()}
+        record["captions"] = {name: {"shape": [*text.shapes[name]], "stored": stored[name]} for name in text.shapes}
+        record |= text.record
     out.mkdir(parents=True, exist_ok=True)
     if (out / RECORD).exists():
         former = json.loads((out / RECORD).read_text("utf-8"))
@@ -847,14 +982,18 @@ def encode(
         if differ:
             raise ValueError(f"{out} holds latents that were made otherwise ({', '.join(differ)}): give another --out")
     elif rank == 0:
-        size, free = 4 * len(files) * math.prod(record["size"]), shutil.disk_usage(out).free
+        embeddings = sum(math.prod(about["stored"]) for about in record.get("captions", {}).values())
+        size = len(files) * (4 * math.prod(record["size"]) + 2 * embeddings)
+        free = shutil.disk_usage(out).free
         if size > free:
             raise OSError(f"the latents take {size / 1e9:.1f} GB and {out} has room for {free / 1e9:.1f} GB")
         if labels:
             np.save(out / "labels.npy", np.asarray(labels, np.int64))
+        for name, value in ({} if text is None else text.encode([""])).items():
+            np.save(_text_shard(out, name, None), _bits(value, record["captions"][name]["stored"]))
         (out / f"{RECORD}.part").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         os.replace(out / f"{RECORD}.part", out / RECORD)
-    decode = lambda file: _adm(images / file, image_size)  # noqa: E731
+    decode = lambda file: _adm(found.open(file), image_size)  # noqa: E731
     pixels = OnTheFly(files, labels and np.asarray(labels), decode, (3, image_size, image_size))
     starts = range(0, len(files), SHARD)
     todo = [i for i in range(rank, len(starts), world) if not _shard(out, i).exists()]
@@ -864,6 +1003,12 @@ def encode(
             rows = np.arange(starts[i], min(starts[i] + SHARD, len(files)))
             part = out / f"{_shard(out, i).name}.part{rank}"
             shard = np.lib.format.open_memmap(part, "w+", np.float16, (len(rows), 2, *record["size"]))
+            texts = {
+                name: np.lib.format.open_memmap(
+                    out / f"{name}.part{rank}", "w+", np.uint16, (len(rows), *about["stored"])
+                )
+                for name, about in record.get("captions", {}).items()
+            }
             for first in range(0, len(rows), batch):
                 some = rows[first : first + batch]
                 x = torch.from_numpy(pixels[some])  # (B, 3, H, W)
@@ -873,13 +1018,29 @@ def encode(
                 ]
                 latents = vae.encode(both, torch.from_numpy(np.concatenate(noise)))  # (2B, C, h, w)
                 shard[first : first + len(some)] = latents.unflatten(0, (-1, 2)).numpy()
+                captions = [found.captions[pixels.stand_in(row)] for row in some] if texts else []
+                for name, value in text.encode(captions).items() if texts else ():
+                    texts[name][first : first + len(some)] = _bits(value, record["captions"][name]["stored"])
                 bar.update(len(some))
+            for name, embeddings in texts.items():  # before the latents, whose file says that all is there
+                embeddings.flush()
+                os.replace(out / f"{name}.part{rank}", _text_shard(out, name, i))
             shard.flush()
             os.replace(part, _shard(out, i))
     return record
 
 
-def _adm(file: Path, image_size: int) -> np.ndarray:
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _bits(values: Tensor, stored: Sequence[int]) -> np.ndarray:
+    """The corner (B, *stored) of floats (B, ...), rounded to bfloat16, as its bits."""
+    corner = values[(slice(None), *map(slice, stored))].to(torch.bfloat16).contiguous()
+    return corner.view(torch.int16).numpy().view(np.uint16)
+
+
+def _adm(file: Path | io.BytesIO, image_size: int) -> np.ndarray:
     """One image as (3, image_size, image_size) uint8: the square that ADM cuts out of it (guided diffusion, MIT)."""
     from PIL import Image
 
@@ -903,7 +1064,10 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = command.add_argument
     add("--vae", required=True, help="folder or Hugging Face id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema")
-    add("--data", required=True, type=Path, help="folder of images; sub-folders are classes")
+    add("--text", help="folder or id of a Stable Diffusion pipeline, to store the embeddings of captions too")
+    add("--no-t5", action="store_true", help="without the largest text encoder of Stable Diffusion 3: 9 times smaller")
+    add("--data", required=True, type=Path, help="folder of images; sub-folders are classes. With --text: one with "
+        "metadata.csv or metadata.jsonl (file_name, text), or WebDataset tars")  # fmt: skip
     add("--out", required=True, type=Path, help="folder for the latents")
     add("--image-size", type=int, default=256, help="pixels [%(default)s]")
     add("--batch", type=int, default=32, help="images at a time [%(default)s]")
@@ -918,15 +1082,15 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
         vae = foreign.Vae(options.vae, device)
+        text = None if options.text is None else foreign.TextEncoder(options.text, device, t5=not options.no_t5)
         sizes = {"image_size": options.image_size, "batch": options.batch, "seed": options.seed}
-        record = encode(vae, options.data, options.out, **sizes, rank=rank, world=world)
+        record = encode(vae, options.data, options.out, text=text, **sizes, rank=rank, world=world)
     except (ValueError, OSError, ImportError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     if rank == 0:
-        print(
-            f"{record['count']:,} images, latents {tuple(record['size'])}, {record['classes']} classes: {options.out}"
-        )
+        known = f"{record['classes']} classes" if text is None else "captions"
+        print(f"{record['count']:,} images, latents {tuple(record['size'])}, {known}: {options.out}")
     return 0
 
 

@@ -12,7 +12,7 @@ the losses and the training loop never ask which process they serve:
 
 A network may also predict its variance: then it has 2 C channels, and the second half says where between its two bounds
 the log-variance of a sampling step lies. `Guided(net, scale, null)` is a network that is guided away from no condition.
-`DDPM` predicts noise at integer timesteps; `RectifiedFlow`, with the same methods, a velocity at times t = 1000 s.
+`DDPM` predicts noise (or v) at integer timesteps; `RectifiedFlow`, with the same methods, a velocity at t = 1000 s.
 
 Symbols: B batch, C channels, T number of training timesteps, a_t = prod_{i <= t} (1 - beta_i) ("alpha_bar").
 Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2021, arXiv 2010.02502), learned variance (Nichol
@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,30 +34,49 @@ Net = Callable[[Tensor, Tensor, dict[str, Tensor] | None], Tensor]
 
 
 class DDPM:
-    """Noise prediction with a linear beta schedule, sampled by DDIM.
+    """Prediction of the noise, or of v, sampled by DDIM.
 
     Args:
         steps: T, the number of training timesteps; timesteps are the integers 0 .. T - 1.
         beta_start, beta_end: variance of the noise added by the first and by the last timestep, in (0, 1).
         spacing: which timesteps a sampler of few steps visits, see `timesteps`.
+        schedule: how the betas grow, "linear" or, as Stable Diffusion's do, "scaled_linear": their roots do.
+        prediction: what the network predicts, "noise" or "v" = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512).
 
-    Attributes: `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU; `folded_from`, the T of the process
-    that this one was folded from (`fold`), or its own.
+    Attributes: `sampler` (its name), `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU; `folded_from`,
+    the T of the process that this one was folded from (`fold`), or its own.
 
     Raises:
-        ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown spacing.
+        ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown word.
     """
 
-    def __init__(self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2, spacing: str = "leading"):
-        if spacing not in ("leading", "linspace"):
-            raise ValueError(f"spacing must be 'leading' or 'linspace', not {spacing!r}")
+    sampler = "DDIM"
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 2e-2,
+        spacing: str = "leading",
+        schedule: str = "linear",
+        prediction: str = "noise",
+    ):
+        for name, given, known in (
+            ("spacing", spacing, ("leading", "linspace")),
+            ("schedule", schedule, ("linear", "scaled_linear")),
+            ("prediction", prediction, ("noise", "v")),
+        ):
+            if given not in known:
+                raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, not {given!r}")
         if steps < 1:
             raise ValueError(f"DDPM needs at least 1 timestep, got steps={steps}; the published models use 1000")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         self.steps = self.folded_from = steps
-        self.spacing = spacing
-        self.betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64).float()  # (T,)
+        self.spacing, self.prediction = spacing, prediction
+        power = 1 if schedule == "linear" else 2
+        roots = torch.linspace(beta_start ** (1 / power), beta_end ** (1 / power), steps, dtype=torch.float64)
+        self.betas = (roots**power).float()  # (T,)
         self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
         self._tables()
 
@@ -111,8 +131,18 @@ class DDPM:
         return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is to predict from x_t: here the noise itself. Same shapes as `add_noise`."""
-        return noise
+        """What the network is to predict from x_t: the noise itself, or v. Same shapes as `add_noise`."""
+        if self.prediction == "noise":
+            return noise
+        a = self._at(t, x0, "alpha_bar")  # (B, 1, 1, 1)
+        return a.sqrt() * noise - (1 - a).sqrt() * x0
+
+    def noise_in(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction for x_t means, the inverse of `target`: (B, C, *spatial)."""
+        if self.prediction == "noise":
+            return prediction
+        a = self._at(t, x_t, "alpha_bar")  # (B, 1, 1, 1)
+        return a.sqrt() * prediction + (1 - a).sqrt() * x_t
 
     def _at(self, t: Tensor, like: Tensor, name: str) -> Tensor:
         """Row t of a table of this process, (B, 1, 1, 1) or with columns (columns, B, 1, 1, 1), where `like` is."""
@@ -135,7 +165,7 @@ class DDPM:
     def _reverse(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t), of an output (B, 2C, ...); only the second half has a gradient."""
         (eps, v), a = output.float().chunk(2, dim=1), self._at(t, x_t, "alpha_bar")
-        x0 = (x_t - (1 - a).sqrt() * eps.detach()) / a.sqrt()  # (B, C, ...)
+        x0 = (x_t - (1 - a).sqrt() * self.noise_in(eps.detach(), x_t, t)) / a.sqrt()  # (B, C, ...)
         of_x0, of_x_t, low, high = self._at(t, x_t, "_posterior")  # (B, 1, 1, 1) each
         return of_x0 * x0 + of_x_t * x_t, low + (v + 1) / 2 * (high - low)
 
@@ -240,11 +270,12 @@ class DDPM:
         x = _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)  # (B, C, H, W)
         pairs = list(zip(ts, ts[1:] + [-1], strict=True))
         for t, t_next in pairs if progress is None else progress(pairs):
-            output = net(x, torch.full(x.shape[:1], t, device=x.device), cond).float()
-            eps, v = split(output, x.shape[1])
-            if eps.shape != x.shape:
+            now = torch.full(x.shape[:1], t, device=x.device)  # (B,)
+            output = net(x, now, cond).float()
+            prediction, v = split(output, x.shape[1])
+            if prediction.shape != x.shape:
                 raise ValueError(f"the network must predict noise of shape {tuple(x.shape)}, got {tuple(output.shape)}")
-            x = self.step(x, eps, t, t_next, eta, generator, v)
+            x = self.step(x, self.noise_in(prediction, x, now), t, t_next, eta, generator, v)
         return x
 
     def step(
@@ -341,13 +372,13 @@ class RectifiedFlow:
             `RectifiedFlow().timesteps(4)` / 1000, as diffusers' own Flux pipeline does, it visits ours: 1000, 900, 750,
             500.)
 
-    Attribute: `steps`, how many units of t there are, 1000.
+    Attributes: `sampler` (its name), `steps`, how many units of t there are, 1000.
 
     Raises:
         ValueError: a `shift` that is not above 0.
     """
 
-    steps = 1000
+    sampler, steps = "Euler", 1000
 
     def __init__(self, shift: float = 1.0):
         if not 0 < shift < math.inf:
@@ -447,3 +478,20 @@ class RectifiedFlow:
     def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
         """One Euler step from time t to t_next < t, given the predicted velocity v; t_next = 0 is the clean image."""
         return z + (t_next - t) / self.steps * v
+
+
+Process = DDPM | RectifiedFlow
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "schedule": "scaled_linear"}
+PROCESSES: dict[str, tuple[type[Process], dict[str, Any]]] = {  # by the names that a run writes down
+    "ddpm": (DDPM, {}),
+    "flow": (RectifiedFlow, {}),
+    "sd": (DDPM, STABLE),  # Stable Diffusion 1, 2-base and 2.1-base
+    "sd-v": (DDPM, {**STABLE, "prediction": "v"}),  # Stable Diffusion 2 and 2.1 at 768 pixels
+    "sd3": (RectifiedFlow, {"shift": 3.0}),  # Stable Diffusion 3 and 3.5
+}
+
+
+def process_named(name: str, spacing: str = "leading") -> Process:
+    """The process of that name in `PROCESSES`; `spacing` is the sampler's, where it has a choice (DDPM)."""
+    kind, settings = PROCESSES[name]
+    return kind(**settings, **({"spacing": spacing} if kind is DDPM else {}))

@@ -3,6 +3,8 @@
     python evaluate.py RUN [RUN ...]      one table over finished runs: mean ± std over all students of a method
     python evaluate.py RUN --num 50000 --dataset celeba    FID, KID, precision, recall of its students; the same
                                           command resumes; RUN may also be the folder of a saved network
+    python evaluate.py RUN --prompts FILE --out DIR     of students of Stable Diffusion: an image of each prompt, beside
+                                          the teacher's from the same noise; with --clip MODEL their CLIP score
     torchrun --nproc-per-node 8 -- evaluate.py RUN ...    shares the sampling; without -- torchrun trips over --num
 
 What every run measures, and on what:
@@ -49,7 +51,7 @@ from tqdm import tqdm
 
 import data
 import foreign
-from diffusion import DDPM, Guided
+from diffusion import PROCESSES, Guided, Process, process_named
 from models import FILES
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
@@ -67,7 +69,15 @@ NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
 MAY_DIFFER = {"kd", "seeds", "fold_steps", "out", "device", "log", "log_every", "save_every"}  # in one table
 
 # How --num samples where neither the command nor the run says so.
-SAMPLER = {"sample_steps": None, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "vae": None}
+SAMPLER = {
+    "sample_steps": None,
+    "eta": 0.0,
+    "spacing": "leading",
+    "guidance": 1.0,
+    "vae": None,
+    "process": "ddpm",
+    "teacher": None,
+}
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
 Extract = Callable[[Tensor], Tensor]  # uint8 images (B, C, H, W) -> features (B, D)
 
@@ -129,7 +139,8 @@ def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
     from torch_pruning.utils import count_ops_and_params
 
     x, t = torch.empty(1, *(net.shape if shape is None else shape), device="meta"), torch.empty(1, device="meta")
-    cond = {"y": torch.empty(1, dtype=torch.int64, device="meta")} if "y" in net.conditions else {}
+    cond = {"y": torch.tensor(0)} if "y" in net.conditions else net.no_condition() or {}  # of one sample
+    cond = {key: torch.empty(1, *value.shape, dtype=value.dtype, device="meta") for key, value in cond.items()}
     counted = int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t, cond))[0])
     return counted + (net.attention_macs() if hasattr(net, "attention_macs") else 0)
 
@@ -138,9 +149,9 @@ def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
 # Sampling
 
 
-def process_of(net: nn.Module, spacing: str = "leading") -> DDPM:
-    """The process that a saved network belongs to: that of all teachers, folded if it is a student of few steps."""
-    process, steps = DDPM(spacing=spacing), net.config.get("fold_steps")
+def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading") -> Process:
+    """The process `name` of diffusion.PROCESSES as this network knows it: folded if it is a student of few steps."""
+    process, steps = process_named(name, spacing), net.config.get("fold_steps")
     return process if steps is None else process.fold(steps)
 
 
@@ -163,7 +174,7 @@ def sample_batches(
     seed: int,
     steps: int | Sequence[int],
     eta: float = 0.0,
-    cond: dict[str, Tensor] | None = None,
+    cond: dict[str, Tensor] | Callable[[list[int]], dict[str, Tensor]] | None = None,
     guidance: float = 1.0,
     vae=None,
     batch: int | None = None,
@@ -174,8 +185,8 @@ def sample_batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """The images numbered `rows`, a batch at a time: (their numbers, samples (b, C, H, W) float32 where the net is).
 
-    cond: the conditions of all images, not only of `rows`. guidance: scale of classifier-free guidance, 1 for none.
-    vae: a `foreign.Vae` that makes images of latents.
+    cond: the conditions of all images, not only of `rows`, or a function from numbers of images to theirs.
+    guidance: scale of classifier-free guidance, 1 for none. vae: a `foreign.Vae` that makes images of latents.
 
     Image i is a function of (seed, i), its start noise and with eta > 0 the noise on its way too; `batch` changes it by
     no more than the rounding of the network's arithmetic. None: 256, and on CUDA twice as many each time, up to 2048,
@@ -196,7 +207,8 @@ def sample_batches(
         while done < len(rows):
             part, x = list(rows[done : done + size]), None
             noise = torch.cat([start_noise(1, net.shape, seed, i) for i in part])  # (b, C, H, W)
-            theirs = {key: value[part].to(next(net.parameters()).device) for key, value in (cond or {}).items()}
+            theirs = cond(part) if callable(cond) else {key: value[part] for key, value in (cond or {}).items()}
+            theirs = {key: value.to(next(net.parameters()).device) for key, value in theirs.items()}
             # on the CPU, so that a seed means the same on every device
             on_the_way = [torch.Generator().manual_seed(_mix(seed, i)) for i in part] if eta else None
             try:
@@ -877,6 +889,8 @@ def card(folder: str | os.PathLike, metrics: dict) -> None:
     ]
     if all((folder / name).exists() for name in FILES):
         parts.append(f"```python\nimport models\n\nnet = models.load({folder.name!r})  # {net}\n```")
+    elif (folder / "config.json").exists() and settings.get("arch") in foreign.EXPORT:
+        parts.append(foreign.EXPORT[settings["arch"]].format(student=folder.name, teacher=settings["teacher"]))
     parts += ["## Settings", f"```json\n{json.dumps(settings, indent=2)}\n```"]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
@@ -905,18 +919,24 @@ def main(arguments: list[str] | None = None, extract: Extract | None = None) -> 
     add("--data", type=Path, help="where their files are")
     add("--real", type=int, default=50_000, help="how many of them at most, evenly spaced [%(default)s]")
     add("--mode", choices=MODES, default=MODES[0], help=f"as in clean-fid [%(default)s]; the paper: {MODES[1]}")
+    add("--prompts", type=Path, help="file with a prompt a line, for networks that read text")
+    add("--teacher", help="diffusers pipeline whose text encoders and VAE they take, and which they stand beside "
+        "[the run's teacher]")  # fmt: skip
+    add("--no-t5", action="store_true", help="without the largest text encoder of Stable Diffusion 3")
+    add("--clip", help="CLIP model for the CLIP score with --prompts, such as openai/clip-vit-large-patch14")
     add("--seed", type=int, default=0, help="of the starting noise [%(default)s]")
     add("--sample-steps", type=int, help="DDIM steps [as the run's, else 100, or all of a student of few steps]")
     add("--eta", type=float, help="DDIM eta, 0 deterministic .. 1 ancestral [as the run's, else 0]")
     add("--spacing", choices=("leading", "linspace"), help="of the timesteps [as the run's, else leading]")
     add("--guidance", type=float, help="scale of classifier-free guidance, 1: none [as the run's, else 1]")
+    add("--process", choices=tuple(PROCESSES), help="what the networks predict [as the run's, else ddpm]")
     add("--vae", help="of networks on latents: folder or hub id [as the run's]")
     add("--batch", type=int, help="images at a time [what fits on a GPU, 256 on a CPU]")
     add("--compile", action="store_true", help="torch.compile the networks: slow to start, faster to sample")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     add("--out", type=Path, default=Path("runs/evaluation"), help="for samples and scores [%(default)s]")
     options = parser.parse_args(arguments)
-    if options.num is None:
+    if options.num is None and options.prompts is None:
         return join(options.runs)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
         # gloo, for nothing but waiting: for the slowest process, and for rank 0 to prepare the real images
@@ -963,7 +983,7 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
                 setattr(options, name, known.get(name, fallback))
         if not 0 <= options.eta <= 1:
             raise ValueError(f"--eta {options.eta} cannot be used, it must be at least 0 and at most 1")
-        if options.dataset is None:
+        if options.dataset is None and options.num is not None:
             raise ValueError(f"--num needs --dataset, the real images: choose from {', '.join(data.DATASETS)}")
         nets, shape = {}, None
         for name, folder in (pair for path in options.runs for pair in networks(path).items()):
@@ -973,13 +993,24 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
                 raise ValueError(
                     f"{folder} has the name or another image shape of one before: give it a call of its own"
                 )
-            process = process_of(net, options.spacing)
+            process = process_of(net, options.process, options.spacing)
             if any(process.steps != process_of(other).steps for other in nets.values()):
                 raise ValueError(f"{folder} has another number of timesteps than one before: give it a call of its own")
             nets[name] = net
         if options.sample_steps is None:
-            options.sample_steps = 100 if process.steps == DDPM().steps else process.steps
+            options.sample_steps = min(100, process.steps)
         process.timesteps(options.sample_steps)  # refuses numbers out of range
+        prompts = text = None
+        if any("text" in net.conditions for net in nets.values()):
+            prompts, text = prompted(options, device)
+            nets = {"teacher": foreign.load(options.teacher), **nets}
+            null = {key: value[0] for key, value in text.encode([""]).items()}
+            for net in nets.values():
+                net.fit(shape, null, 0.0)
+        elif options.prompts is not None:
+            raise ValueError("--prompts is for networks that read text, and these do not")
+        clip = None if options.clip is None else foreign.ClipScore(options.clip, device)
+        count = options.num or len(prompts)
         vae = None if options.vae is None else foreign.Vae(options.vae, device)
         if vae is not None:
             if shape[0] != vae.channels:
@@ -987,13 +1018,15 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
             shape = (3, shape[1] * vae.factor, shape[2] * vae.factor)  # of the images
         elif shape[0] not in (1, 3):
             raise ValueError(f"these networks make latents of {shape[0]} channels: name the VAE with --vae")
-        if rank == 0:
+        if rank == 0 and options.num is not None:
             extract = extract or Inception(options.mode, device)
             real = data.load(options.dataset, options.data, image_size=shape[1], channels=shape[0])
         settings = {"seed": options.seed, "steps": options.sample_steps, "eta": options.eta}
         settings |= {"guidance": options.guidance, "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported()}
         about = {**settings, "spacing": options.spacing, **({} if vae is None else vae.record)}
-        room = {name: open_samples(options.out / name, nets[name], options.num, shape, **about) for name in nets}
+        if text is not None:
+            about |= {"process": options.process, "prompts": prompts[:count], **text.record}
+        room = {name: open_samples(options.out / name, nets[name], count, shape, **about) for name in nets}
     except (ValueError, OSError, ImportError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
@@ -1003,14 +1036,20 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
         run = {"batch": options.batch, "device": device, "progress": rank == 0, "label": f"sampling {name}", "vae": vae}
         if "y" in net.conditions:  # all classes equally often
             run["cond"] = {"y": torch.arange(options.num) % net.config["num_classes"]}
+        elif text is not None:
+            run["cond"] = lambda rows: text.encode([prompts[i % len(prompts)] for i in rows])
         fill(*room[name], net, process, **settings, **run)
         net.cpu()
     if rank > 0:
         return 0
+    if prompts is not None:
+        show(options.out, {name: images for name, (images, _) in room.items()}, prompts, clip)
+        if options.num is None:
+            return 0
     real_features, found = reference(real, extract, count=options.real), []
     protocol = (
         f"features {extractor_name(extract)}, precision and recall k=5; {len(real_features)} of {len(real.images)} "
-        f"images of {real.name} (train), {options.num} generated, stored in 8 bits; DDIM, "
+        f"images of {real.name} (train), {options.num} generated, stored in 8 bits; {process.sampler}, "
         f"{options.sample_steps} steps ({options.spacing}), eta {options.eta:g}, guidance {options.guidance:g}; "
         f"{'bf16' if settings['bf16'] else 'float32'}; seed {options.seed}"
     )
@@ -1025,6 +1064,35 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
         found.append(row)
     print(f"{fid_table(found, extract)}\n\n{protocol}")
     return 0
+
+
+def prompted(options: argparse.Namespace, device: torch.device) -> tuple[list[str], "foreign.TextEncoder"]:
+    """The prompts and what encodes them; fills in the pipeline's VAE. ValueError, with what would work, without."""
+    if options.prompts is None:
+        raise ValueError("these networks read text: give --prompts FILE, with a prompt a line")
+    if options.teacher is None:
+        raise ValueError("these networks need --teacher, the pipeline whose text encoders and VAE they take")
+    prompts = [line for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{options.prompts} holds no prompt")
+    options.vae = options.vae or options.teacher
+    return prompts, foreign.TextEncoder(options.teacher, device, t5=not options.no_t5)
+
+
+def show(out: Path, rooms: dict[str, np.ndarray], prompts: list[str], clip: Callable | None) -> None:
+    """Writes the images of the prompts as files, and some of them side by side; prints the CLIP scores if asked to.
+
+    rooms: of each network the images (n, C, H, W) uint8, whose prompts are these, again and again.
+    """
+    from PIL import Image
+
+    for name, images in rooms.items():
+        for i, image in enumerate(images[: len(prompts)]):
+            Image.fromarray(image.transpose(1, 2, 0)).save(out / name / f"{i:05d}.png")
+    grid(out / "samples.png", {name: data.to_float(images[:8]) for name, images in rooms.items()}, columns=8, lines=1)
+    print(f"{len(prompts)} prompts, an image each: {', '.join(str(out / name) for name in rooms)}, samples.png")
+    for name, images in rooms.items() if clip else ():
+        print(f"CLIP score {clip(images, [prompts[i % len(prompts)] for i in range(len(images))]):.4f}  {name}")
 
 
 def join(runs: list[Path]) -> int:

@@ -972,6 +972,8 @@ class Tapped(nn.Module):
         finally:
             self.recorder.outputs = outer  # nothing of this call stays behind
         features = [outputs[self.net.get_submodule(name)] for name in self.names]  # each (B, C, H, W), C H W its own
+        if hasattr(self.net, "feature"):
+            features = [self.net.feature(output) for output in features]  # foreign layers return more than a tensor
         if self.adapters is not None:
             features = [adapter(f) for adapter, f in zip(self.adapters, features, strict=True)]
         return prediction, features
@@ -989,16 +991,26 @@ class _Recorder:
 
 
 def feature_channels(net: nn.Module, names: list[str] | None = None) -> list[int]:
-    """Channels of these layers' outputs (default `net.feature_layers()`): those of the last convolution in each."""
+    """Channels of these layers' outputs (default `net.feature_layers()`): those of the last convolution in each.
+
+    A layer without any is itself linear (as the ends of some foreign attentions are).
+    """
     names = net.feature_layers() if names is None else names
     convs = [[m for m in net.get_submodule(name).modules() if isinstance(m, nn.Conv2d)] for name in names]
-    return [layers[-1].out_channels for layers in convs]
+    return [
+        (layers or [net.get_submodule(name)])[-1].weight.shape[0] for name, layers in zip(names, convs, strict=True)
+    ]
 
 
 def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Sum over the points of mean_B sum_CHW (student - teacher)^2, no gradient to the teacher; (B, C, H, W) each."""
     pairs = zip(student, teacher, strict=True)
     return sum(F.mse_loss(s.float(), t.detach().float(), reduction="sum") for s, t in pairs) / len(student[0])
+
+
+def mean_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """BK-SDM's: sum over the points of mean (student - teacher)^2, no gradient to the teacher; same shapes."""
+    return sum(F.mse_loss(s.float(), t.detach().float()) for s, t in zip(student, teacher, strict=True))
 
 
 def masked_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

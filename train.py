@@ -34,6 +34,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ import data
 import evaluate
 import foreign
 import lift_place
-from diffusion import DDPM, split
+from diffusion import DDPM, PROCESSES, Process, process_named, split
 from evaluate import find_device, rank_and_world
 from lift_place import Distillation, adaptive, schedule
 from models import (
@@ -61,6 +62,7 @@ from models import (
     learned_blocks,
     load_checkpoint,
     masked_feature_loss,
+    mean_feature_loss,
     prune_channels,
     prune_depth,
     random_blocks,
@@ -92,10 +94,10 @@ FOLDED: dict[str, tuple[str | None, bool]] = {
 DEPTH_METHODS = ("uniform", "first", "random", "shortgpt", "learned")
 
 # The presets, one line per published result: the paper's Table 1 for celeba and lsun_bedroom (celeba at 0.3 is only in
-# the released code), Table 3 for imagenet (D14, D7, D4). Nothing is published for the others, so those lines are ours.
-# The demos (digits) keep what decides the paper's effect: GroupNorm that pruning turned into instance norm, the
-# reductions, the lambdas, clip 1.0; how long and how fast they learn fits a CPU. A --prune between two lines of a data
-# set takes the next one.
+# the released code), Table 3 for imagenet (D14, D7, D4), Table 2 for sd (with --student base, small or tiny). Nothing
+# is published for the others, so those lines are ours. The demos (digits) keep what decides the paper's effect:
+# GroupNorm that pruning turned into instance norm, the reductions, the lambdas, clip 1.0; how long and how fast they
+# learn fits a CPU. A --prune between two lines of a data set takes the next one.
 COLUMNS = ("dataset", "arch", "prune", "steps", "batch_size", "lr", "clip", "ema", "dropout",
            "lambda_diff", "lambda_out", "lambda_feat")  # fmt: skip
 PRESETS: list[dict[str, Any]] = [
@@ -118,6 +120,8 @@ PRESETS: list[dict[str, Any]] = [
         ("imagenet",     "dit",   0.75, 500000,  256, 2e-4,  1.0, 0.9999, 0.0,     0.1, 0.9, 1e-2),
         ("imagenet",     "dit",   0.86, 500000,  256, 2e-4,  1.0, 0.9999, 0.0,     0.1, 0.9, 1e-2),
         ("latents",      "dit",   1.0,   50000,   64, 2e-4,  1.0, 0.999,  0.0,     0.1, 0.9, 1e-2),
+        ("latents",      "sd",    1.0,   50000,  128, 5e-5,  1.0, 0.9999, 0.0,     1.0, 1.0, 1.0),
+        ("latents",      "mmdit", 1.0,   50000,  128, 5e-5,  1.0, 0.9999, 0.0,     0.1, 0.9, 1e-2),
     ]
 ]  # fmt: skip
 
@@ -131,11 +135,14 @@ FOLDS = {"cifar10": {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0.0, 
 # and its kind of feature loss.
 PAPER = {"warmup": 0, "decay": "constant", "lr_end": 0.0, "importance": "taylor", "depth_method": "uniform",
          "depth_steps": 1000, "constants": "diff-pruning", "feat_stages": 0, "eval_samples": 0, "sample_steps": 100,
-         "eta": 0.0, "spacing": "leading", "guidance": 1.0, "init": "teacher",
+         "eta": 0.0, "spacing": "leading", "guidance": 1.0, "process": "ddpm", "weight_decay": 0.0,
+         "caption_dropout": 0.0, "init": "teacher",
          "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128}  # fmt: skip
 TINYFUSION = PAPER | {"decay": "cosine", "lr_end": 1e-4, "depth_method": "learned", "depth_steps": 10_000,
                       "constants": "tinyfusion", "feat_stages": 100, "sample_steps": 250, "eta": 1.0,
                       "spacing": "linspace", "guidance": 1.5, "teacher_lr": 1e-4, "channels": 1152}  # fmt: skip
+BK_SDM = PAPER | {"constants": "bk-sdm", "weight_decay": 1e-2, "caption_dropout": 0.1, "process": "sd",
+                  "sample_steps": 25, "guidance": 7.5}  # fmt: skip
 SHARED: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "unet"): PAPER | {"warmup": 50, "decay": "cosine", "importance": "random", "eval_samples": 1500,
                                  "sample_steps": 50, "teacher": "train", "teacher_steps": 1700, "teacher_lr": 1e-3,
@@ -151,6 +158,8 @@ SHARED: dict[tuple[str, str], dict[str, Any]] = {
     ("imagenet", "dit"): TINYFUSION,
     ("latents", "dit"): TINYFUSION | {"depth_method": "uniform", "depth_steps": 1000, "teacher": "train",
                                       "teacher_steps": 100_000, "channels": 384},
+    ("latents", "sd"): BK_SDM,
+    ("latents", "mmdit"): BK_SDM | {"constants": "tinyfusion", "process": "sd3", "sample_steps": 28, "guidance": 7.0},
 }  # fmt: skip
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -167,6 +176,10 @@ TEACHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("imagenet", "dit"): {},  # DiT-XL/2
     ("latents", "dit"): {"depth": 12, "num_heads": 6},  # DiT-S/2
 }
+
+
+# --arch: the kind of network; sd and mmdit are those of Stable Diffusion 1 and 2, and 3, and have to be given.
+KINDS: dict[str, type[Network]] = {"unet": UNet, "dit": DiT, "sd": foreign.TextUNet, "mmdit": foreign.MMDiT}
 
 
 def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: int | None = None) -> dict[str, Any]:
@@ -204,7 +217,7 @@ class Settings:
     """
 
     dataset: str = option("digits", "images", choices=tuple(dict.fromkeys(name for name, _ in SHARED)))
-    arch: str | None = option(None, "the teacher's architecture", choices=("unet", "dit"))
+    arch: str | None = option(None, "the teacher's architecture", choices=tuple(KINDS))
     data: str | None = option(None, "folder with the data set's files, or of images; alone it means --dataset folder")
     vae: str | None = option(
         None, "of latents, to look at samples: folder or hub id, by default the one that made them"
@@ -213,9 +226,9 @@ class Settings:
     prune: float = option(0.9, "share that pruning removes of each layer's channels, or dit: of the blocks", float,
                           low=0, below=1)  # fmt: skip
     keep: tuple[int, ...] | None = option(
-        None, "dit: the blocks that stay, as 0,2,5, instead of --prune", numbers, low=0
+        None, "dit, mmdit: the blocks that stay, as 0,2,5, instead of --prune", numbers, low=0
     )
-    depth_method: str | None = option(None, "dit: which blocks stay", choices=DEPTH_METHODS)
+    depth_method: str | None = option(None, "dit, mmdit: which blocks stay", choices=DEPTH_METHODS)
     depth_steps: int | None = option(None, "steps of choosing them with learned", int, low=1)
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
     taylor_threshold: float = option(0.0, "taylor stops where the loss is below this share of its peak", float, low=0)
@@ -225,21 +238,27 @@ class Settings:
                                     int, low=0)  # fmt: skip
     seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, low=0)
     teacher: str | None = option(None, "checkpoint, folder, hub id, auto (the public one), train (here, kept in runs)")
-    student: str | None = option(None, "folder of a network to start from, instead of a pruned teacher")
+    student: str | None = option(None, "folder of a network to start from, instead of a pruned teacher; sd: or "
+                                 f"{', '.join((*foreign.BK_SDM, *foreign.NARROW))}")  # fmt: skip
     init: str | None = option(None, "their first weights: the teacher's, or random ones", choices=("teacher", "random"))
     fold_steps: int | None = option(None, "T' of students of few steps (SFDDM)", int, low=1, high=1000)
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
     channels: int | None = option(None, "its width at the first level, or dit: of a token", int, low=1)
+    process: str | None = option(None, "what is predicted from what: noise, v, or the velocity of a flow",
+                                 choices=tuple(PROCESSES))  # fmt: skip
     steps: int | None = option(None, "distillation steps", int, low=1)
     batch_size: int | None = option(None, "images per step, over all processes", int, low=1)
     lr: float | None = option(None, "learning rate of Adam", float, above=0)
+    weight_decay: float | None = option(None, "of AdamW; with 0 it is Adam", float, low=0)
     warmup: int | None = option(None, "steps over which the learning rate grows from 0", int, low=0)
     decay: str | None = option(None, "what follows the warm-up", choices=("constant", "cosine"))
     lr_end: float | None = option(None, "where cosine ends", float, low=0)
     clip: float | None = option(None, "largest gradient norm of a student, 0: no clipping", float, low=0)
     ema: float | None = option(None, "rate of the weight average that is evaluated and saved", float, low=0, below=1)
     dropout: float | None = option(None, "dropout of the students; the teacher predicts without", float, low=0, below=1)
+    caption_dropout: float | None = option(None, "share of the samples whose caption training drops, so that guidance "
+                                           "has what to guide away from", float, low=0, below=1)  # fmt: skip
     lambda_diff: float | None = option(None, "weight of the diffusion loss", float, low=0)
     lambda_out: float | None = option(None, "weight of the output loss of out, lift, place", float, low=0)
     lambda_feat: float | None = option(None, "weight of the feature loss of feat, lift, place", float, low=0)
@@ -262,6 +281,7 @@ class Settings:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=tuple(DTYPES))
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
+    recompute: bool = option(False, "sd, mmdit: gradient checkpointing, less memory for a third more time", bool)
     accumulate: int = option(1, "parts in which a process takes its share of a batch, to save memory", int, low=1)
     log: str = option("jsonl", "log.jsonl, or another beside it", choices=("jsonl", "tensorboard", "wandb"))
     log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
@@ -320,9 +340,10 @@ class Settings:
         if self.out is None:
             several = f"-{len(self.seeds)}seeds" if len(self.seeds) > 1 else ""
             what = f"keep{'.'.join(map(str, self.keep))}" if self.keep else f"prune{self.prune:g}"
-            dit = "-dit" * (self.arch == "dit")
+            what = self.student if self.student in (*foreign.BK_SDM, *foreign.NARROW) else what
+            arch = "" if self.arch == "unet" else f"-{self.arch}"
             what += "" if self.fold_steps is None else f"-fold{self.fold_steps}"
-            name = f"{self.dataset}{self.image_size or ''}{dit}-{what}-{'-'.join(self.kd)}{several}"
+            name = f"{self.dataset}{self.image_size or ''}{arch}-{what}-{'-'.join(self.kd)}{several}"
             object.__setattr__(self, "out", f"runs/{name}")
 
 
@@ -372,7 +393,7 @@ class Batch(NamedTuple):
 # How the published settings reduce, beside what PRESETS of lift_place.py says: their feature losses.
 FEATURES = {
     "diff-pruning": feature_loss,
-    "bk-sdm": feature_loss,
+    "bk-sdm": mean_feature_loss,
     "tinyfusion": masked_feature_loss,
 }
 
@@ -398,7 +419,7 @@ def terms(settings: Settings, method: str) -> tuple[str | None, bool]:
 
 def objective(
     settings: Settings,
-    process: DDPM,
+    process: Process,
     method: str,
     batch: Batch,
     x_t: Tensor,
@@ -486,15 +507,11 @@ class Student:
         self.module = self.bare = self.net
         if terms(settings, method)[1] and isinstance(teacher, Tapped):
             torch.manual_seed(hash_seed(seed))  # of the adapters
-            # the blocks of a transformer keep their width, the layers of a U-Net do not
-            names = teacher.names if isinstance(net, UNet) else None
-            widths = feature_channels(teacher.net, names) if isinstance(net, UNet) else None
-            if settings.fold_steps is not None and widths == feature_channels(net, names):
-                widths = None  # SFDDM compares the features themselves
-            self.module = self.bare = Tapped(net, names, widths).to(device)
+            self.module = self.bare = Tapped(net, *tapping(settings, net, teacher)).to(device)
         if settings.compile:
             self.bare.compile()  # in place: the names of the parameters stay
-        self.optimizer = torch.optim.Adam(self.bare.parameters(), lr=settings.lr, fused=device.type != "mps")
+        options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": device.type != "mps"}
+        self.optimizer = torch.optim.AdamW(self.bare.parameters(), **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=find_dtype(settings, device) == torch.float16)
         if dist.is_initialized():
             self.module = DistributedDataParallel(self.bare)
@@ -546,7 +563,7 @@ def train(
     students: list[Student],
     teacher: nn.Module | None,
     images: data.Images,
-    process: DDPM,
+    process: Process,
     folder: Path,
     *,
     start: int,
@@ -626,7 +643,7 @@ def batch(
     cond: dict[str, Tensor],
     rows: slice,
     flip: bool,
-    process: DDPM,
+    process: Process,
     step: int,
     device: torch.device,
     net: Network,
@@ -861,6 +878,16 @@ def prepare(settings: Settings) -> Run:
         raise ValueError(
             f"--arch dit needs classes, and {settings.data} has none: put its images into one folder a class"
         )
+    if settings.arch in ("sd", "mmdit"):
+        if images.no_condition is None:
+            raise ValueError(
+                f"--arch {settings.arch} needs captions, and {settings.data} has none: make its latents with "
+                "python data.py encode --text PIPELINE"
+            )
+        if settings.teacher in ("auto", "train"):
+            raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
+        if settings.arch == "sd" and settings.student is None:
+            raise ValueError(f"--arch sd needs --student: {', '.join((*foreign.BK_SDM, *foreign.NARROW))}, or a folder")
     teacher, teacher_checkpoint = None, None
     with rank_0_first():
         if settings.teacher != "train":
@@ -870,12 +897,13 @@ def prepare(settings: Settings) -> Run:
             kept = Path(own.out) / "teacher"
             teacher = foreign.load(kept) if (kept / "config.json").exists() else None
             teacher_checkpoint = read_checkpoint(own, Path(own.out)) if teacher is None else None
-    student = None if settings.student is None else open_network("--student", settings.student, settings, images)
+    known = settings.arch == "sd" and settings.student in (*foreign.BK_SDM, *foreign.NARROW)
+    student = (
+        None if settings.student is None or known else open_network("--student", settings.student, settings, images)
+    )
     if settings.keep is not None:
         with torch.device("meta"):
             check_blocks(len((teacher or new_network(settings, images)).blocks), settings.keep)
-    if student is not None and isinstance(student, UNet) != (settings.arch == "unet"):
-        raise ValueError(f"--student {settings.student} is a {type(student).__name__}, the teacher a {settings.arch}")
     check_steps(settings, teacher, student)
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
     fit(settings, "place", probe, probe)  # refuses a group size that does not fit
@@ -899,8 +927,8 @@ def prepare(settings: Settings) -> Run:
 
 def check_steps(settings: Settings, teacher: nn.Module | None, student: nn.Module | None) -> None:
     """ValueError where the timesteps of the run, of its teacher and of a given student do not go together."""
-    total, fold = DDPM().steps if teacher is None else evaluate.process_of(teacher).steps, settings.fold_steps
-    if fold is not None and total != DDPM().steps and total % fold:
+    total, fold = 1000 if teacher is None else evaluate.process_of(teacher).steps, settings.fold_steps
+    if fold is not None and total != 1000 and total % fold:
         raise ValueError(
             f"--fold-steps {fold} does not match --teacher {settings.teacher}, which has {total} timesteps: take a "
             f"divisor of {total}"
@@ -926,10 +954,23 @@ def open_network(name: str, where: str, settings: Settings, images: data.Images)
         load_checkpoint(net, where)
     else:
         net = foreign.public_teacher(settings.dataset) if where == "auto" else foreign.load(where)
+    if not isinstance(net, KINDS[settings.arch]):
+        kind = KINDS[settings.arch].__name__
+        raise ValueError(f"{name} {where} is a {type(net).__name__}, but --arch {settings.arch} takes a {kind}")
+    if isinstance(net, foreign.Diffusers):
+        theirs = foreign.process_of(where)
+        if theirs not in (None, settings.process):
+            raise ValueError(f"{name} {where} was trained for the process {theirs}: use --process {theirs}")
+        try:
+            net.fit(images.shape, images.no_condition, settings.caption_dropout)
+        except ValueError as error:
+            raise ValueError(f"{name} {where} does not fit {settings.data}: {error}") from error
     if net.shape != images.shape:
         raise ValueError(
             f"{name} {where} takes samples of shape {net.shape}, but the data is {images.shape}: use one that fits"
         )
+    if isinstance(net, DiT) and net.config["learn_sigma"] and PROCESSES[settings.process][0] is not DDPM:
+        raise ValueError(f"{name} {where} predicts a variance, of which the process {settings.process} has none")
     if isinstance(net, DiT) and images.labels is not None and images.labels.max() >= net.config["num_classes"]:
         raise ValueError(
             f"{name} {where} knows the classes 0 to {net.config['num_classes'] - 1}, but the data has a class "
@@ -945,7 +986,8 @@ def new_network(settings: Settings, images: data.Images) -> Network:
     if settings.arch == "unet":
         return UNet(size, channels, channels=settings.channels, dropout=settings.dropout, **config)
     classes = 1000 if settings.dataset == "imagenet" else int(images.labels.max()) + 1
-    return DiT(size, in_channels=channels, hidden_size=settings.channels, **{"num_classes": classes, **config})
+    config = {"num_classes": classes, "learn_sigma": PROCESSES[settings.process][0] is DDPM, **config}
+    return DiT(size, in_channels=channels, hidden_size=settings.channels, **config)
 
 
 @contextlib.contextmanager
@@ -967,7 +1009,7 @@ def on_device(net: nn.Module, device: torch.device) -> nn.Module:
 def teacher_settings(settings: Settings) -> Settings:
     """The run that trains the teacher: the same loop, with one unpruned student and the data alone."""
     shared = ("dataset", "arch", "data", "image_size", "seed", "batch_size", "warmup", "decay", "lr_end", "clip", "ema",
-              "dropout", "channels", "constants", "precision", "compile", "accumulate")  # fmt: skip
+              "dropout", "channels", "constants", "process", "precision", "compile", "accumulate")  # fmt: skip
     own = {name: getattr(settings, name) for name in shared} | {"steps": settings.teacher_steps}
     own |= {"lr": settings.teacher_lr, "prune": 0.0, "kd": ("none",), "seeds": (settings.seed,), "eval_samples": 0}
     own |= {"lambda_diff": 1.0}
@@ -976,7 +1018,7 @@ def teacher_settings(settings: Settings) -> Settings:
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
 
 
-def train_teacher(run: Run, process: DDPM) -> nn.Module | None:
+def train_teacher(run: Run, process: Process) -> nn.Module | None:
     """The teacher of this data set, kept for later runs. None: stopped early."""
     settings = teacher_settings(run.settings)
     folder = Path(settings.out)
@@ -992,7 +1034,7 @@ def train_teacher(run: Run, process: DDPM) -> nn.Module | None:
 
 
 def resume(
-    settings: Settings, students: list[Student], teacher: nn.Module | None, run: Run, process: DDPM, checkpoint: Any
+    settings: Settings, students: list[Student], teacher: nn.Module | None, run: Run, process: Process, checkpoint: Any
 ) -> bool:
     """Train from the checkpoint on, or from the start. False: stopped early."""
     folder, start = Path(settings.out), 0
@@ -1011,11 +1053,17 @@ def resume(
     return done
 
 
-def pruned(run: Run, teacher: Network, process: DDPM) -> list[Network]:
+def pruned(run: Run, teacher: Network, process: Process) -> list[Network]:
     """The network that the students of each seed start from: some of the teacher's channels or blocks."""
     settings = run.settings
     if run.student is not None:
         return [run.student] * len(settings.seeds)
+    if settings.arch == "sd":
+        nets = []
+        for seed in settings.seeds:
+            torch.manual_seed(hash_seed(seed))  # of the weights of C_* students, which are not the teacher's
+            nets.append(foreign.bk_sdm(teacher, settings.student))
+        return nets
     # a checkpoint brings its own weights: then any channels or blocks will do
     fresh = run.checkpoint is None
     if settings.arch == "unet":
@@ -1038,13 +1086,13 @@ def pruned(run: Run, teacher: Network, process: DDPM) -> list[Network]:
     return nets
 
 
-def first_batch(run: Run, net: Network, process: DDPM) -> Batch:
+def first_batch(run: Run, net: Network, process: Process) -> Batch:
     """One whole batch, from which pruning learns what matters."""
     with contextlib.closing(data.batches(run.images, run.settings.batch_size, run.settings.seed)) as stream:
         return batch(run.settings, *next(stream), slice(None), False, process, 0, run.device, net)
 
 
-def choose_blocks(run: Run, teacher: Network, process: DDPM, method: str, seed: int) -> list[int]:
+def choose_blocks(run: Run, teacher: Network, process: Process, method: str, seed: int) -> list[int]:
     """The teacher's blocks that stay, by --keep, or --prune and a method of DEPTH_METHODS."""
     settings, depth = run.settings, len(teacher.blocks)
     n = max(1, round(depth * (1 - settings.prune)))
@@ -1085,9 +1133,28 @@ def choose_blocks(run: Run, teacher: Network, process: DDPM, method: str, seed: 
 
 def tap(settings: Settings, teacher: Network, student: Network) -> Tapped:
     """The teacher with the features that those of the student are compared with."""
-    if isinstance(student, UNet):  # of a fold the last one, what the output is made from
-        return Tapped(teacher, None if settings.fold_steps is None else teacher.feature_layers()[-1:])
-    return Tapped(teacher, [f"blocks.{i}" for i in layer_map(len(student.blocks), len(teacher.blocks))])
+    if isinstance(teacher, foreign.TextUNet):
+        return Tapped(teacher, teacher.feature_layers(student))
+    names = teacher.feature_layers()
+    if settings.fold_steps is not None:  # the last one, what the output is made from
+        names = names[-1:]
+    elif hasattr(teacher, "blocks"):
+        names = [names[i] for i in layer_map(len(student.blocks), len(teacher.blocks))]
+    return Tapped(teacher, names)
+
+
+def tapping(settings: Settings, student: Network, teacher: Tapped) -> tuple[list[str], list[int] | None]:
+    """The student's layers to compare with the teacher's, and the widths to adapt them to; None where they agree."""
+    if isinstance(student, foreign.TextUNet):
+        names = student.feature_layers(teacher.net)
+    else:
+        names = student.feature_layers()[-len(teacher.names) :]
+    if hasattr(student, "blocks"):
+        return names, None
+    widths = feature_channels(teacher.net, teacher.names)
+    # FitNet adapts them all the same, SFDDM and BK-SDM compare features of one width as they are
+    fitnet = isinstance(student, UNet) and settings.fold_steps is None
+    return names, widths if fitnet or widths != feature_channels(student, names) else None
 
 
 def make_students(run: Run, nets: list[Network], tapped: nn.Module, fold_steps: int | None) -> list[Student]:
@@ -1101,6 +1168,8 @@ def make_students(run: Run, nets: list[Network], tapped: nn.Module, fold_steps: 
         net = on_device(net, run.device).requires_grad_(True)
         if fold_steps is not None:
             net.config["fold_steps"] = fold_steps
+        if settings.recompute:
+            net.checkpoint()
         if "dropout" in net.config:
             net.config["dropout"] = settings.dropout
         for module in net.modules():
@@ -1117,13 +1186,18 @@ def distil(run: Run) -> dict[str, Any] | None:
         say(f"{folder}: this run is finished, nothing to train; its results:")
         report(run.metrics, folder)
         return run.metrics
-    teacher = train_teacher(run, DDPM(spacing=settings.spacing)) if run.teacher is None else run.teacher
+    teacher = (
+        train_teacher(run, process_named(settings.process, settings.spacing)) if run.teacher is None else run.teacher
+    )
     if teacher is None:
         return None
-    process = evaluate.process_of(teacher, settings.spacing)
+    process = evaluate.process_of(teacher, settings.process, settings.spacing)
     teacher = on_device(teacher, run.device).eval().requires_grad_(True)  # for the gradients that Taylor pruning needs
     nets = pruned(run, teacher, process)
     teacher.requires_grad_(False).zero_grad(set_to_none=True)
+    if isinstance(teacher, foreign.Diffusers):
+        half = find_dtype(settings, run.device) == torch.bfloat16
+        teacher.to(torch.bfloat16 if half else torch.float32)  # frozen, it needs no more than it computes with
     features = any(terms(settings, method)[1] for method in settings.kd)
     tapped = tap(settings, teacher, nets[0]) if features else teacher
     students = make_students(run, nets, tapped, settings.fold_steps or teacher.config.get("fold_steps"))
@@ -1150,7 +1224,7 @@ def student_folder(folder: Path, student: Student, students: list[Student]) -> P
     return folder / "student" / student.name if len(students) > 1 else folder / "student"
 
 
-def measure(run: Run, teacher: Network, students: list[Student], process: DDPM) -> dict[str, Any]:
+def measure(run: Run, teacher: Network, students: list[Student], process: Process) -> dict[str, Any]:
     """Sample the teacher and every student from the same noise, score them, draw samples.png and curves.png.
 
     Of a fold the teacher is sampled in its usual number of steps, which is what students are compared with, in as many
@@ -1169,9 +1243,12 @@ def measure(run: Run, teacher: Network, students: list[Student], process: DDPM) 
     real = run.images.images[:50_000] if run.vae is None else evaluate.decoded(run.vae, run.images, n)  # (N, C, H, W)
     classifier = evaluate.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
     labels = torch.arange(n) % teacher.config["num_classes"] if "y" in teacher.conditions else None  # (n,)
+    cond = None if labels is None else {"y": labels}
+    if "text" in teacher.conditions:  # of the very images that `decoded` shows
+        cond = run.images.conditions(np.linspace(0, len(run.images.images) - 1, n).round().astype(int))
     options = {"seed": settings.seed, "eta": settings.eta, "device": run.device}
-    options |= {"guidance": settings.guidance, "cond": None if labels is None else {"y": labels}, "vae": run.vae}
-    own, steps = evaluate.process_of(teacher, settings.spacing), settings.sample_steps
+    options |= {"guidance": settings.guidance, "cond": cond, "vae": run.vae}
+    own, steps = evaluate.process_of(teacher, settings.process, settings.spacing), settings.sample_steps
     ways = {"teacher": (teacher, own, steps)}
     if settings.fold_steps is not None:
         usual = min(preset(settings.dataset, settings.prune)["sample_steps"], own.steps)
@@ -1203,12 +1280,14 @@ def measure(run: Run, teacher: Network, students: list[Student], process: DDPM) 
         len(real),
         n,
         n_floor=0 if run.held_out is None else len(run.held_out.images),
-        sampler="DDIM" if settings.fold_steps is None else f"teacher DDIM, {ways['teacher'][2]} steps; others DDIM",
+        sampler=process.sampler
+        if settings.fold_steps is None
+        else f"teacher DDIM, {ways['teacher'][2]} steps; others DDIM",
         steps=steps,
         eta=settings.eta,
         ema=settings.ema,
         seed=settings.seed,
-        guidance=settings.guidance if labels is not None else None,
+        guidance=settings.guidance if cond else None,
         classifier=classifier,
     )
     return metrics

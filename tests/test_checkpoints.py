@@ -266,7 +266,7 @@ def test_the_published_config_is_that_of_our_table():
         ({"time_embedding_type": "fourier"}, "setting time_embedding_type"),
         ({"num_class_embeds": 10}, "setting num_class_embeds"),
         ({"add_attention": False}, "setting add_attention"),
-        ({"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel, of diffusers only UNet2DModel"),
+        ({"_class_name": "UNet1DModel"}, "a UNet1DModel, of diffusers only UNet2DModel, UNet2DConditionModel, SD3Tr"),
         ({"sample_size": None}, "sample_size"),
         ({"sample_size": [16, 32]}, "sample_size"),
         ({"block_out_channels": [32, 48, 64]}, "multiples of the first"),

@@ -81,7 +81,9 @@ def test_training_times_are_those_of_the_reference_trainer():
     theirs = scheduler(3.0).timesteps[(u * 1000).long()]
     ours = RectifiedFlow(3.0).sample_t(100_000, torch.Generator().manual_seed(1))
     levels = torch.linspace(0.05, 0.95, 19)
-    assert (theirs.quantile(levels) - ours.quantile(levels)).abs().max() < 8  # of 1000; an unshifted draw is off by 265
+    assert (
+        theirs.quantile(levels) - ours.quantile(levels)
+    ).abs().max() < 8  # of 1000; an unshifted draw is off by 100 to 270
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -165,9 +167,10 @@ def test_what_cannot_be_done_is_said():
         flow.sample(lambda z, t, cond: z[:, :, :2], x.shape, 2)
 
 
-def test_it_has_every_public_method_of_ddpm():
-    public = {name for name in vars(DDPM) if not name.startswith("_")} - {"bound"}  # a flow has no variance to learn
-    assert public <= {name for name in dir(RectifiedFlow) if not name.startswith("_")}
+def test_it_takes_the_place_of_ddpm():
+    public = {name for name in vars(DDPM) if not name.startswith("_")}
+    own = {"bound", "fold", "noise_in", "phi"}  # of a learned variance, of fewer steps, and of a sampler's inside
+    assert public - set(dir(RectifiedFlow)) == own
 
 
 def test_our_unet_learns_a_flow():

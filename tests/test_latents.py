@@ -314,7 +314,7 @@ def test_without_diffusers_one_sentence_says_what_to_install(capsys, monkeypatch
         (["--arch", "dit", "--dataset", "celeba"], "--arch dit has no preset for celeba"),
         (["--dataset", "imagenet", "--depth-method", "luck"], "--depth-method luck"),
         (["--dataset", "imagenet"], "latents need --data"),
-        (["--arch", "dit", "--seeds", "0", "1", "--depth-method", "uniform"], "use --depth-method random"),
+        (["--arch", "dit", "--seeds", "0", "1", "--depth-method", "uniform"], "prune with --depth-method random"),
         (["--arch", "dit", "--keep", "0,99"], "numbers from 0 to 7, not [0, 99]"),
         (["--arch", "dit", "--keep", "0,two"], "0,two"),
         (["--keep", "0,1"], "use --prune, or --arch dit"),
