@@ -115,15 +115,12 @@ class Vae:
     """
 
     def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise ImportError("latents need diffusers: pip install -r requirements-diffusers.txt") from error
+        kind = library("diffusers", "a VAE").AutoencoderKL
         folder = Path(where)
         if not folder.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
             raise FileNotFoundError(f"--vae {where} is neither a folder nor a Hugging Face id such as owner/name")
         inside = {"subfolder": "vae"} if (folder / "vae" / "config.json").is_file() else {}
-        read = partial(AutoencoderKL.from_pretrained, str(where), use_safetensors=True)
+        read = partial(kind.from_pretrained, str(where), use_safetensors=True)
         try:
             try:
                 self.net = read(**inside)
@@ -390,6 +387,10 @@ class TextUNet(Diffusers):
 
     def run(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.net(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+
+    def stages(self) -> list[nn.Module]:
+        stages = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]
+        return [stage for stage in stages if stage is not None]
 
     def feature_layers(self, other: "TextUNet | None" = None) -> list[str]:
         """Names of the layers whose outputs are compared with those of `other`, in BK-SDM and its successors' order.
