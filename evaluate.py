@@ -865,9 +865,16 @@ def card(folder: str | os.PathLike, metrics: dict) -> None:
     are shown where they lie in `folder`. metrics: those of metrics.json.
     """
     folder, settings = Path(folder), metrics["settings"]
-    dataset, methods = f"{settings['dataset']} {settings['image_size']}x{settings['image_size']}", settings["kd"]
+    size, arch = settings["image_size"], settings.get("arch", "unet")
+    dataset, methods = f"{settings['dataset']} {size}x{size}" if size else settings["dataset"], settings["kd"]
+    cut = f"{settings['prune']:.0%} of the {'channels' if arch == 'unet' else 'blocks'} pruned"
+    if settings.get("keep"):
+        cut = f"blocks {', '.join(map(str, settings['keep']))} kept"
+    elif arch == "sd":
+        cut = f"student {settings['student']}"
     folded, net = settings.get("fold_steps"), "net(x_t, t) -> noise"
-    front = ["license: mit", "pipeline_tag: unconditional-image-generation", "tags:"]
+    task = "text-to-image" if arch in foreign.EXPORT else "unconditional-image-generation"
+    front = ["license: mit", f"pipeline_tag: {task}", "tags:"]
     front += [f"- {tag}" for tag in ("diffusion", "ddpm", "knowledge-distillation", "pruning", "pytorch")]
     about, world, commit = f"`{shlex.join(['python', *sys.argv])}`", rank_and_world()[1], _commit()
     about = [about + f" on {world} processes" * (world > 1), *[f"commit `{commit}`"] * bool(commit)]
@@ -875,8 +882,7 @@ def card(folder: str | os.PathLike, metrics: dict) -> None:
     net += "" if folded is None else f", 0 <= t < {folded}: the timesteps of diffusion.DDPM().fold({folded})"
     parts = [
         "\n".join(["---", *front, "---"]),
-        f"# {dataset}, {settings['prune']:.0%} of the channels pruned, distilled with {', '.join(methods)}"
-        + ("" if folded is None else f" to {folded} steps"),
+        f"# {dataset}, {cut}, distilled with {', '.join(methods)}" + ("" if folded is None else f" to {folded} steps"),
         "Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729).",
         "\n".join(f"- {line}" for line in about),
         table(rows(metrics)),
@@ -889,8 +895,8 @@ def card(folder: str | os.PathLike, metrics: dict) -> None:
     ]
     if all((folder / name).exists() for name in FILES):
         parts.append(f"```python\nimport models\n\nnet = models.load({folder.name!r})  # {net}\n```")
-    elif (folder / "config.json").exists() and settings.get("arch") in foreign.EXPORT:
-        parts.append(foreign.EXPORT[settings["arch"]].format(student=folder.name, teacher=settings["teacher"]))
+    elif (folder / "config.json").exists() and arch in foreign.EXPORT:
+        parts.append(foreign.EXPORT[arch].format(student=folder.name, teacher=settings["teacher"]))
     parts += ["## Settings", f"```json\n{json.dumps(settings, indent=2)}\n```"]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 

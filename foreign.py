@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import models
 from diffusion import STABLE
-from models import FILES, Network, UNet, _build, _check_fit, _read_weights
+from models import FILES, DiT, Network, UNet, _build, _check_fit, _read_weights
 
 
 def load(where: str | os.PathLike) -> Network:
@@ -115,15 +115,12 @@ class Vae:
     """
 
     def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as error:
-            raise ImportError("latents need diffusers: pip install -r requirements-diffusers.txt") from error
+        kind = library("diffusers", "a VAE").AutoencoderKL
         folder = Path(where)
         if not folder.exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
             raise FileNotFoundError(f"--vae {where} is neither a folder nor a Hugging Face id such as owner/name")
         inside = {"subfolder": "vae"} if (folder / "vae" / "config.json").is_file() else {}
-        read = partial(AutoencoderKL.from_pretrained, str(where), use_safetensors=True)
+        read = partial(kind.from_pretrained, str(where), use_safetensors=True)
         try:
             try:
                 self.net = read(**inside)
@@ -390,6 +387,10 @@ class TextUNet(Diffusers):
 
     def run(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.net(x_t, t, encoder_hidden_states=text, return_dict=False)[0]
+
+    def stages(self) -> list[nn.Module]:
+        stages = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]
+        return [stage for stage in stages if stage is not None]
 
     def feature_layers(self, other: "TextUNet | None" = None) -> list[str]:
         """Names of the layers whose outputs are compared with those of `other`, in BK-SDM and its successors' order.
@@ -686,17 +687,20 @@ def _from_hub(name: str) -> Path:
 
 
 class Public(NamedTuple):
-    """A public checkpoint: `UNet(**unet)` takes it."""
+    """A public checkpoint: `kind(**config)` takes it."""
 
     file: str  # its name among the teachers
     url: str
-    md5: str | None  # None: the page at `url` is for people, so the file has to be fetched by hand
-    unet: dict[str, Any]
+    md5: str | None  # None: none is published
+    config: dict[str, Any]
     hub: str | None = None  # the same network on the Hugging Face hub
+    kind: type[Network] = UNet
+    by_hand: bool = False  # the page at `url` is for people, so the file has to be fetched with a browser
 
 
-# The teachers of the paper's pixel experiments, averaged weights. URL and md5 as in pytorch_diffusion/ckpt_util.py of
-# pesser/pytorch_diffusion (converted from the DDPM release), for CelebA the link in the README of ermongroup/ddim.
+# The paper's teachers, averaged weights. URL and md5 as in pytorch_diffusion/ckpt_util.py of pesser/pytorch_diffusion
+# (converted from the DDPM release), for CelebA the link in the README of ermongroup/ddim, for ImageNet download.py of
+# facebookresearch/DiT.
 _LSUN = {"image_size": 256, "channel_mults": (1, 1, 2, 2, 4, 4)}
 PUBLIC = {
     "celeba": Public(
@@ -704,6 +708,7 @@ PUBLIC = {
         "https://drive.google.com/file/d/1R_H-fJYXSH79wfSKs9D-fuKQVan5L-GR/view",
         None,
         {"image_size": 64, "dropout": 0.1},
+        by_hand=True,
     ),
     "cifar10": Public(
         "ema_diffusion_cifar10_model-790000.ckpt",
@@ -725,10 +730,13 @@ PUBLIC = {
         _LSUN,
         "google/ddpm-ema-church-256",
     ),
+    "imagenet": Public(
+        "DiT-XL-2-256x256.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", None, {}, kind=DiT
+    ),
 }
 
 
-def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers", progress: bool = True) -> UNet:
+def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers", progress: bool = True) -> Network:
     """The public teacher of a data set of `PUBLIC`, downloaded into `cache` once; on the CPU, in eval mode.
 
     For one process at a time. ValueError for other data sets and damaged files; OSError, with what to do instead, where
@@ -739,11 +747,11 @@ def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers", pro
             f"no public teacher is known for {dataset}, only for {', '.join(PUBLIC)}: "
             "use --teacher PATH or --teacher train"
         )
-    file, url, md5, config, hub = PUBLIC[dataset]
+    file, url, md5, config, hub, kind, people_only = PUBLIC[dataset]
     path = Path(cache) / file
     others = f"--teacher {hub} or --teacher train" if hub else "--teacher train"
     by_hand = f"fetch {url} with a browser and give it as --teacher PATH (or put it at {path}), or use {others}"
-    if md5 is not None:
+    if not people_only:
         try:
             download(url, path, md5, progress)
         except (OSError, ValueError) as error:
@@ -751,7 +759,7 @@ def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers", pro
     elif not path.is_file():
         raise FileNotFoundError(f"the public teacher for {dataset} cannot be downloaded by a program: {by_hand}")
     try:
-        return _build(UNet, config, _read_weights(path)).eval()
+        return _build(kind, config, _read_weights(path)).eval()
     except ValueError as error:
         raise ValueError(f"{path} is no teacher for {dataset}: {error}") from error
 

@@ -58,6 +58,10 @@ class Network(nn.Module):
         """The `cond` of one sample that stands for none, as guidance needs it; None if there is none."""
         return None
 
+    def stages(self) -> list[nn.Module]:
+        """The parts that run one after the other, in which FSDP gathers the weights; [] for all at once."""
+        return list(getattr(self, "blocks", []))
+
     def save(self, folder: str | os.PathLike) -> None:
         """Writes model.safetensors and config.json into `folder`; `load(folder)` gives the network back, bit for bit.
 

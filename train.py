@@ -282,6 +282,7 @@ class Settings:
     precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=tuple(DTYPES))
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
     recompute: bool = option(False, "sd, mmdit: gradient checkpointing, less memory for a third more time", bool)
+    fsdp: bool = option(False, "split the students over the processes (torch FSDP2), not only the batch", bool)
     accumulate: int = option(1, "parts in which a process takes its share of a batch, to save memory", int, low=1)
     log: str = option("jsonl", "log.jsonl, or another beside it", choices=("jsonl", "tensorboard", "wandb"))
     log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
@@ -505,20 +506,31 @@ class Student:
         self.net = net.train()
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.module = self.bare = self.net
+        self.whole = None
         if terms(settings, method)[1] and isinstance(teacher, Tapped):
             torch.manual_seed(hash_seed(seed))  # of the adapters
             self.module = self.bare = Tapped(net, *tapping(settings, net, teacher)).to(device)
         if settings.compile:
             self.bare.compile()  # in place: the names of the parameters stay
+        if settings.fsdp:  # weights, gradients, optimizer and average are split over the processes
+            from torch.distributed.fsdp import fully_shard
+
+            self.whole = copy.deepcopy(self.ema).to("meta")
+            for root, inside in ((self.bare, self.net), (self.ema, self.ema)):
+                for stage in inside.stages():
+                    fully_shard(stage)
+                fully_shard(root)
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": device.type != "mps"}
         self.optimizer = torch.optim.AdamW(self.bare.parameters(), **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=find_dtype(settings, device) == torch.float16)
-        if dist.is_initialized():
+        if dist.is_initialized() and not settings.fsdp:
             self.module = DistributedDataParallel(self.bare)
 
     def sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients of several processes are averaged once, in the backward pass of the last part of a batch."""
-        alone = last or not dist.is_initialized()
+        if self.whole is not None:
+            self.bare.set_requires_gradient_sync(last)
+        alone = last or self.whole is not None or not dist.is_initialized()
         return contextlib.nullcontext() if alone else self.module.no_sync()
 
     def update(self, settings: Settings, step: int) -> Tensor:
@@ -533,16 +545,41 @@ class Student:
         rate = min(settings.ema, (1 + step) / (10 + step))  # short runs would otherwise average over their start
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - rate)
-        return norm
+        return norm if self.whole is None else norm.full_tensor()
+
+    def gather(self) -> None:
+        """After training: a split average is put together again, on the CPU of rank 0. Every process has to call it."""
+        if self.whole is not None:
+            state = self.state()["ema"]
+            if state:  # on rank 0
+                self.whole.load_state_dict(state, assign=True)
+            self.ema = self.whole
 
     def state(self) -> dict[str, Any]:
+        """What `restore` takes. Every process has to call it if the weights are split; rank 0 gets them all."""
+        if self.whole is not None:
+            from torch.distributed.checkpoint import state_dict as split
+
+            options = split.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            parts = {"module": self.bare, "ema": self.ema}
+            parts = {name: split.get_model_state_dict(net, options=options) for name, net in parts.items()}
+            parts["optimizer"] = split.get_optimizer_state_dict(self.bare, self.optimizer, options=options)
+            return {"seconds": self.seconds, **parts, "scaler": self.scaler.state_dict()}
         parts = {"module": self.bare, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         return {"seconds": self.seconds, **{name: part.state_dict() for name, part in parts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.bare.load_state_dict(state["module"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.whole is not None:
+            from torch.distributed.checkpoint import state_dict as split
+
+            options = split.StateDictOptions(full_state_dict=True)
+            split.set_model_state_dict(self.bare, state["module"], options=options)
+            split.set_model_state_dict(self.ema, state["ema"], options=options)
+            split.set_optimizer_state_dict(self.bare, self.optimizer, state["optimizer"], options=options)
+        else:
+            self.bare.load_state_dict(state["module"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.seconds = state["seconds"]
 
@@ -796,8 +833,10 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 def save_checkpoint(settings: Settings, students: list[Student], folder: Path, step: int) -> None:
     """Write checkpoint.pt: plain tensors and numbers. A kill at any moment leaves the old one or the new one."""
-    if rank_and_world()[0] == 0:
+    states = {}
+    if rank_and_world()[0] == 0 or settings.fsdp:
         states = {student.name: student.state() for student in students}
+    if rank_and_world()[0] == 0:
         torch.save({"step": step, "settings": plain(settings), "students": states}, folder / "checkpoint.pt.new")
         os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
 
@@ -862,6 +901,8 @@ def prepare(settings: Settings) -> Run:
     folder, world = Path(settings.out), rank_and_world()[1]
     if settings.batch_size % world:
         raise ValueError(f"--batch-size {settings.batch_size} cannot be split over {world} processes: give a multiple")
+    if settings.fsdp and not dist.is_initialized():
+        raise ValueError("--fsdp splits the students over several processes: start them with torchrun")
     library = settings.log if settings.log != "jsonl" else None
     if library and importlib.util.find_spec(library) is None:
         raise ValueError(f"--log {library} needs a library that is not installed: pip install {library}")
@@ -1207,6 +1248,8 @@ def distil(run: Run) -> dict[str, Any] | None:
         tapped.compile()
     if not resume(settings, students, tapped, run, process, run.checkpoint):
         return None
+    for student in students:
+        student.gather()
     if rank_and_world()[0] > 0:
         return None
     for student in students:
@@ -1322,8 +1365,8 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, str | None]:
     """Settings from the command line, and what to print instead of running, if anything."""
     parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in fields(Settings):
-        several = isinstance(item.default, tuple)
-        default = " ".join(map(str, item.default)) if several else item.default
+        several = item.type.startswith("tuple")  # also where the default is None
+        default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
         default = default if default is not None else "preset" if item.name in preset("digits", 0) else "none"
         more = {"nargs": "+"} if several else {}
         choices = item.metadata.get("choices", ())

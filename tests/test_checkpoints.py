@@ -251,7 +251,7 @@ def test_the_published_config_is_that_of_our_table():
         **DDPM,
     }
     with torch.device("meta"):
-        assert UNet(**foreign._diffusers_config(config)).config == UNet(**PUBLIC["lsun_church"].unet).config
+        assert UNet(**foreign._diffusers_config(config)).config == UNet(**PUBLIC["lsun_church"].config).config
 
 
 @pytest.mark.parametrize(
@@ -469,10 +469,11 @@ def test_servers_that_do_not_answer_are_one_clear_error(server, tmp_path):
 
 
 def test_the_table_holds_the_published_networks():
-    sizes = {"celeba": 78_700_803, "cifar10": 35_746_307, "lsun_bedroom": 113_673_219, "lsun_church": 113_673_219}
+    sizes = {"celeba": 78_700_803, "cifar10": 35_746_307, "lsun_bedroom": 113_673_219, "lsun_church": 113_673_219,
+             "imagenet": 675_129_632}  # fmt: skip
     for name, public in PUBLIC.items():
         with torch.device("meta"):
-            assert sum(p.numel() for p in UNet(**public.unet).parameters()) == sizes.pop(name)
+            assert sum(p.numel() for p in public.kind(**public.config).parameters()) == sizes.pop(name)
         assert public.url.startswith("https://") and (public.md5 is None or len(bytes.fromhex(public.md5)) == 16)
     assert not sizes and len({public.file for public in PUBLIC.values()}) == len(PUBLIC)
 
@@ -506,7 +507,7 @@ def test_a_teacher_that_cannot_be_had_names_the_alternatives(public, server, tmp
 
 
 def test_a_teacher_behind_a_page_for_people_is_fetched_by_hand(public, tmp_path, monkeypatch):
-    monkeypatch.setitem(PUBLIC, "celeba", PUBLIC["celeba"]._replace(unet=TINY))
+    monkeypatch.setitem(PUBLIC, "celeba", PUBLIC["celeba"]._replace(config=TINY))
     with pytest.raises(
         FileNotFoundError, match=r"fetch https://drive\.google\.com.* as --teacher PATH .*celeba\.pth\)"
     ):

@@ -1,6 +1,5 @@
 """Networks of diffusers that read text: behind our call, cut down to students, saved, sampled by pipelines."""
 
-import itertools
 import json
 import re
 import sys
@@ -140,11 +139,7 @@ def test_the_published_sizes_from_the_configs_alone():
     with torch.device("meta"):
         for config, full, students in (
             (SD21, 865_910_724, {"base": 583.5, "small": 485.8, "tiny": 326.8}),
-            (
-                SD1,
-                859_520_964,
-                {"C_base": 553.2, "C_small": 425.3, "C_tiny": 314.1, "C_micro": 219.8} | {"base": 579.4},
-            ),
+            (SD1, 859_520_964, {"base": 579.4, "C_small": 425.3, "C_extreme": 142.2}),
         ):
             teacher = TextUNet.of(config)
             assert parameters(teacher) == full
@@ -223,9 +218,7 @@ def test_other_students_are_refused():
 def test_any_blocks_compute_what_diffusers_computes_when_it_skips_the_others(settings, tmp_path):
     net = an_mmdit(**settings)
     x, t, cond = a_batch(net)
-    subsets = [[*keep] for n in range(1, 5) for keep in itertools.combinations(range(4), n)]
-    assert len(subsets) == 15
-    for keep in subsets:
+    for keep in ([0], [3], [0, 2], [1, 3], [0, 1, 2], [0, 1, 2, 3]):
         skipped = [i for i in range(4) if i not in keep]
         theirs = net.net(x, cond["text"], cond["pooled"], t, skip_layers=skipped).sample
         student = prune_depth(net, keep)

@@ -146,7 +146,7 @@ def latents(pipelines, images, tmp_path_factory) -> dict[str, Path]:
     return {family: folder / family for family in FAMILIES}
 
 
-STUDENT = {"sd": ["--student", "base"], "mmdit": ["--prune", "0.5"]}
+STUDENT = {"sd": ["--student", "base"], "mmdit": ["--keep", "0", "2"]}
 
 
 def command(family: str, pipelines, latents, out: Path, *more: str) -> list[str]:
@@ -248,31 +248,49 @@ def test_captions_that_cannot_be_read_say_why(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_captioned_images_to_a_student_inside_the_pipeline(family, pipelines, latents, tmp_path, capsys):
-    plain = command(family, pipelines, latents, tmp_path / "run", "--kd", "none", "out", "place", "--steps", "4")
-    assert train.main([*plain, "--save-every", "2"]) == 0
-    run = tmp_path / "run"
+def test_from_captioned_images_to_a_student_inside_the_pipeline(
+    family, pipelines, latents, tmp_path, capsys, monkeypatch
+):
+    run, few = tmp_path / "run", ["--steps", "10", "--batch-size", "8", "--lr", "1e-2", "--save-every", "5"]
+    assert train.main(command(family, pipelines, latents, run, "--kd", "none", "out", "place", *few)) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 and all(np.isfinite(line["loss"]) for line in lines)
-    first = {line["student"]: line["loss"] for line in lines[:3]}
-    assert first["none-0"] != first["out-0"] != first["place-0"] and lines[2]["w"] > 0
+    losses = {name: [line["loss"] for line in lines if line["method"] == name] for name in ("none", "out", "place")}
+    assert len(lines) == 30 and np.isfinite([*losses.values()]).all() and lines[2]["w"] > 0
+    assert sum(losses["none"][-3:]) < 0.8 * sum(losses["none"][:3])  # it learns these eight latents
+    assert losses["none"][0] != losses["out"][0] != losses["place"][0]
 
-    student = load(run / "student" / "place-0")
-    teacher = load(pipelines[family])
-    sizes = [evaluate.parameters(net) for net in (student, teacher)]
-    metrics = json.loads((run / "metrics.json").read_text())
+    # the same student alone, killed half-way and resumed
+    keep = train.save_checkpoint
+
+    def killed(settings, students, folder, step):
+        keep(settings, students, folder, step)
+        raise KeyboardInterrupt
+
+    alone = command(family, pipelines, latents, tmp_path / "alone", *few)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(alone)
+    assert not (tmp_path / "alone" / "student").exists() and train.main([*alone, "--recompute"]) == 2
+    assert "--recompute was False, is True" in capsys.readouterr().err and train.main(alone) == 0
+    student, again, teacher = (load(where) for where in (run / "student" / "place-0", tmp_path / "alone" / "student",
+                                                         pipelines[family]))  # fmt: skip
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
+
+    metrics, sizes = (
+        json.loads((run / "metrics.json").read_text()),
+        [evaluate.parameters(x) for x in (student, teacher)],
+    )
     assert [metrics["students"][2]["parameters"], metrics["teacher"]["parameters"]] == sizes
     assert 0 < metrics["students"][2]["macs"] < metrics["teacher"]["macs"] and sizes[0] < 0.8 * sizes[1]
 
     (tmp_path / "prompts.txt").write_text("a b\n\ncab\n")
     capsys.readouterr()
     more = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "images"), "--sample-steps", "2"]
-    assert evaluate.main([str(run), *more]) == 0
+    assert evaluate.main([str(tmp_path / "alone"), *more]) == 0
     assert capsys.readouterr().out.startswith("2 prompts, an image each")
-    shown = {
-        name: np.asarray(Image.open(tmp_path / "images" / name / "00001.png")) for name in ("teacher", "run-place-0")
-    }
-    assert shown["teacher"].shape == (64, 64, 3) and (shown["teacher"] != shown["run-place-0"]).any()
+    a, b = (np.asarray(Image.open(tmp_path / "images" / name / "00001.png")) for name in ("teacher", "alone"))
+    assert a.shape == (64, 64, 3) and (a != b).any()
     assert Image.open(tmp_path / "images" / "samples.png").size[0] > 128
 
     own = getattr(diffusers, student.kind).from_pretrained(run / "student" / "place-0")
@@ -282,36 +300,6 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(family, pipeline
     assert image.shape == (1, 64, 64, 3) and np.isfinite(image).all()
     card = (run / "student" / "place-0" / "README.md").read_text()
     assert f'DiffusionPipeline.from_pretrained("{pipelines[family]}", {student.folder}=student)' in card
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(family, pipelines, latents, tmp_path, monkeypatch):
-    def run(name):
-        few = ["--steps", "2", "--save-every", "1", "--recompute"]
-        return train.main(command(family, pipelines, latents, tmp_path / name, *few))
-
-    keep = train.save_checkpoint
-
-    def killed(settings, students, folder, step):
-        keep(settings, students, folder, step)
-        raise KeyboardInterrupt
-
-    assert run("whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run("again")
-    assert not (tmp_path / "again" / "student").exists() and run("again") == 0
-    ours, theirs = (load(tmp_path / name / "student").state_dict() for name in ("whole", "again"))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_falls_on_eight_latents(family, pipelines, latents, tmp_path):
-    long = ["--kd", "none", "--steps", "24", "--batch-size", "8", "--lr", "1e-2"]
-    assert train.main(command(family, pipelines, latents, tmp_path / "run", *long)) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum(line["loss"] for line in lines[-5:]) < 0.65 * sum(line["loss"] for line in lines[:5])
 
 
 def test_training_drops_captions_for_teacher_and_students_alike(latents):
@@ -337,9 +325,10 @@ def test_training_drops_captions_for_teacher_and_students_alike(latents):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one(pipelines, latents, tmp_path):
-    """DDP over gloo: the losses of the whole batch, and a student as near as sums in another order can be."""
-    few = ["--steps", "2", "--device", "cpu"]
+@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_two_processes_train_as_one(how, pipelines, latents, tmp_path):
+    """Over gloo: a student as near to that of one process as sums in another order can be."""
+    few = ["--steps", "2", "--device", "cpu", "--lr", "1e-3"]
     assert train.main(command("mmdit", pipelines, latents, tmp_path / "one", *few)) == 0
     two = [
         sys.executable,
@@ -350,11 +339,16 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
         "2",
         str(ROOT / "train.py"),
     ]
-    two += command("mmdit", pipelines, latents, tmp_path / "two", *few)
-    subprocess.run(two, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    two += command("mmdit", pipelines, latents, tmp_path / "two", *few, *how)
+    ended = subprocess.run(
+        two, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
     one, two = (load(tmp_path / name / "student").state_dict() for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    start = load(pipelines["mmdit"]).keep_blocks([0, 2]).state_dict()
+    moved = [(one[name] - start[name]).norm() for name in one]
+    apart = [(one[name] - two[name]).norm() for name in one]
+    assert sum(apart) < 0.02 * sum(moved) and sum(moved) > 0
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
