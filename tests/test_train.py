@@ -16,8 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
+import diffusion
+import foreign
 import lift_place
 import models
+import settings
 import train
 from diffusion import DDPM
 
@@ -45,6 +49,13 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str) -> None:
     assert train.main([*TINY, *arguments]) == 0
+
+
+def answered(arguments: list[str]) -> None:
+    """train.py only answers, and ends without a mistake."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 0
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -202,9 +213,32 @@ def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
     assert log("runs/celeba")[-1]["step"] == 1 and 0 < log("runs/celeba")[-1]["mse"] < 10
 
 
+def test_settings_name_what_the_other_files_hold():
+    assert set(settings.CONSTANTS) == set(lift_place.PRESETS) == set(train.FEATURES)
+    assert set(settings.PROCESSES) == set(diffusion.PROCESSES) and set(settings.ARCHS) == set(train.KINDS)
+    assert {name for name, (kind, _) in diffusion.PROCESSES.items() if kind is diffusion.RectifiedFlow} == {
+        *settings.FLOWS
+    }
+    assert (*foreign.BK_SDM, *foreign.NARROW) == settings.SD_STUDENTS and set(settings.PRECISIONS) == set(train.DTYPES)
+    for dataset, arch in settings.SHARED:
+        assert settings.preset(dataset, 0.5, arch).get("image_size") == data.DATASETS[dataset].image_size
+    assert {dataset for dataset, _ in settings.SHARED} == set(data.DATASETS)
+
+
+def test_the_command_line_is_read_without_torch():
+    code = "import sys, settings; settings.parse(['--dry-run'])"
+    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules or 'numpy' in sys.modules)); "
+    done = subprocess.run([sys.executable, "-c", check + code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    help_ = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Distil a pruned diffusion student" in help_.stdout and "--fold-steps" in help_.stdout
+
+
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--dry-run", "--kd", "none", "place"]) == 0
+    answered(["--dry-run", "--kd", "none", "place"])
     settings = json.loads(capsys.readouterr().out)
     assert settings["kd"] == ["none", "place"] and settings["steps"] == train.preset("digits", 0.9)["steps"]
     assert not any(tmp_path.iterdir())
@@ -216,7 +250,7 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(capsys, tmp_pat
      ("lsun_bedroom", 0.3, 200_000), ("lsun_bedroom", 0.5, 500_000), ("lsun_bedroom", 0.7, 700_000)],
 )  # fmt: skip
 def test_every_row_of_table_1_is_a_preset(dataset, prune, steps, capsys):
-    assert train.main(["--dataset", dataset, "--prune", str(prune), "--dry-run"]) == 0
+    answered(["--dataset", dataset, "--prune", str(prune), "--dry-run"])
     settings = json.loads(capsys.readouterr().out)
     assert (settings["steps"], settings["importance"], settings["taylor_threshold"]) == (steps, "taylor", 0)
     assert [settings[f"lambda_{term}"] for term in ("diff", "out", "feat")] == [1, 1, 1e-6]
@@ -232,9 +266,9 @@ def test_every_row_of_table_1_is_a_preset(dataset, prune, steps, capsys):
 def test_a_ratio_between_two_presets_takes_the_next_and_all_are_listed(capsys):
     assert train.Settings(dataset="celeba", prune=0.6).steps == train.Settings(dataset="celeba", prune=0.7).steps
     assert train.Settings(dataset="celeba", prune=0.95).steps == train.Settings(dataset="celeba", prune=0.9).steps
-    assert train.main(["--list-presets"]) == 0
+    answered(["--list-presets"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(train.PRESETS) and "lambda_feat" in lines[0] and "500000" in lines[6]
+    assert len(lines) == 1 + len(settings.PRESETS) and "lambda_feat" in lines[0] and "500000" in lines[6]
 
 
 # ------------------------------------------------------------------------------------------------------- the objective
@@ -397,7 +431,7 @@ def test_a_fold_of_a_pruned_student_resumes_exactly_and_is_sampled_in_its_own_st
     assert saved.config["fold_steps"] == 5 and train.evaluate.process_of(saved).steps == 5
     noise = train.evaluate.start_noise(16, (1, 8, 8), 0)
     x = DDPM().fold(5).sample(saved, noise.shape, 5, noise=noise)
-    teacher = models.load(Path(train.teacher_settings(train.parse(TINY)[0]).out) / "teacher")
+    teacher = models.load(Path(train.teacher_settings(train.parse(TINY)).out) / "teacher")
     usual = DDPM().sample(teacher, noise.shape, 50, noise=noise)
     row = next(row for row in metrics["students"] if row["method"] == "place")
     assert row["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
@@ -493,7 +527,7 @@ def test_two_processes_fold_what_one_folds():
 
 
 def test_the_published_fold_is_a_preset(capsys):
-    assert train.main(["--dataset", "cifar10", "--prune", "0", "--fold-steps", "125", "--kd", "out", "--dry-run"]) == 0
+    answered(["--dataset", "cifar10", "--prune", "0", "--fold-steps", "125", "--kd", "out", "--dry-run"])
     settings = json.loads(capsys.readouterr().out)
     expected = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0, "init": "random", "sample_steps": 125,
                 "lambda_diff": 0, "lambda_out": 1, "lambda_hidden": 1}  # fmt: skip
@@ -656,13 +690,11 @@ def test_a_truncated_checkpoint_is_kept_aside_and_the_run_can_go_on(capsys):
 
 def test_a_damaged_teacher_is_refused_before_anything_is_trained(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = Path(train.teacher_settings(train.parse(TINY)[0]).out)
+    folder = Path(train.teacher_settings(train.parse(TINY)).out)
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"half a file")
     assert train.main(TINY) == 2
-    assert (
-        str(folder / "checkpoint.pt") in capsys.readouterr().err and not (tmp_path / train.parse(TINY)[0].out).exists()
-    )
+    assert str(folder / "checkpoint.pt") in capsys.readouterr().err and not (tmp_path / train.parse(TINY).out).exists()
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name_and_left_alone(capsys):
