@@ -488,6 +488,7 @@ class MMDiT(Diffusers):
     """
 
     kind, folder, conditions = "SD3Transformer2DModel", "transformer", ("text", "pooled")
+    text_tokens = 77 + 256  # of CLIP and of T5, as the pipeline gives them
 
     @property
     def unit(self) -> int:
@@ -532,6 +533,30 @@ class MMDiT(Diffusers):
 
     def feature(self, output: tuple) -> Tensor:
         return output[1]  # a block returns the tokens of the text, or None, and those of the image, (B, N, D)
+
+
+def memory(teacher: Diffusers, student: Diffusers, processes: int = 1) -> dict[str, float]:
+    """Bytes that a step of distillation keeps on each GPU, from the sizes alone: both may be on the meta device.
+
+    teacher     2 a parameter: frozen, bfloat16
+    student     20 a parameter: weights, gradients, two moments of AdamW and the average, all float32; --fsdp splits
+                them over `processes`
+    copies      2 a parameter: the student's weights as autocast casts them, which the backward pass reads
+    activation  for each image of the batch, of an MMDiT with --recompute: 2 (B, N, D) tensors in bfloat16 for each
+                block and 28 for the one that is computed again, N tokens of image and text; 0 of a U-Net: not known
+    """
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (teacher, student)]
+    activation = 0
+    if isinstance(student, MMDiT):
+        tokens = student.shape[1] * student.shape[2] // student.unit**2 + MMDiT.text_tokens
+        width = student.config["num_attention_heads"] * student.config["attention_head_dim"]
+        activation = 2 * tokens * width * (2 * len(student.blocks) + 28)
+    return {
+        "teacher": 2 * sizes[0],
+        "student": 20 * sizes[1] / processes,
+        "copies": 2 * sizes[1],
+        "activation": activation,
+    }
 
 
 def _without_text_output(block: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -237,6 +237,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.data is not None and self.dataset == "digits":
             object.__setattr__(self, "dataset", "folder")
+        if self.process in FLOWS and self.eta is None:
+            object.__setattr__(self, "eta", 0.0)
         known = [row["arch"] for row in PRESETS if row["dataset"] == self.dataset]
         if known and self.arch in (None, *known):
             for name, value in preset(self.dataset, self.prune, self.arch, self.fold_steps).items():
@@ -253,6 +255,10 @@ class Settings:
         for name in ("kd", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{flag(name)} takes one or more values, each named once")
+        if self.process in FLOWS and (self.eta > 0 or self.fold_steps is not None):
+            raise ValueError(f"--eta and --fold-steps are of DDPM's sampler, --process {self.process} has none of it")
+        if self.recompute and self.arch not in ("sd", "mmdit"):
+            raise ValueError("--recompute is for --arch sd and mmdit; elsewhere --accumulate saves memory")
         if self.keep is not None and self.arch == "unet":
             raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
         drawn = ("--importance", self.importance) if self.arch == "unet" else ("--depth-method", self.depth_method)
@@ -290,6 +296,7 @@ class Settings:
             what = self.student if self.student in SD_STUDENTS else what
             arch = "" if self.arch == "unet" else f"-{self.arch}"
             what += "" if self.fold_steps is None else f"-fold{self.fold_steps}"
+            what += "" if self.process == SHARED[self.dataset, self.arch]["process"] else f"-{self.process}"
             name = f"{self.dataset}{self.image_size or ''}{arch}-{what}-{'-'.join(self.kd)}{several}"
             object.__setattr__(self, "out", f"runs/{name}")
 

@@ -251,7 +251,10 @@ class Student:
     def gather(self) -> None:
         """After training: a split average is put together again, on the CPU of rank 0. Every process has to call it."""
         if self.whole is not None:
-            state = self.state()["ema"]
+            from torch.distributed.checkpoint import state_dict as split
+
+            options = split.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = split.get_model_state_dict(self.ema, options=options)
             if state:  # on rank 0
                 self.whole.load_state_dict(state, assign=True)
             self.ema = self.whole

@@ -1,9 +1,13 @@
 """The rectified flow: its lines, its times, and its sampler against the exact answer and against diffusers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+import data
+import train
 from diffusion import DDPM, RectifiedFlow
 from models import UNet
 
@@ -192,3 +196,22 @@ def test_our_unet_learns_a_flow():
     x = flow.sample(net.eval(), (16, 1, 8, 8), 20, generator=torch.Generator().manual_seed(1))
     to_pair = (x[:, None] - pair[None]).square().mean((2, 3, 4))  # (16, 2)
     assert to_pair.amin(1).mean() < 0.1 and set(to_pair.argmin(1).tolist()) == {0, 1}
+
+
+def test_a_flow_is_trained_and_sampled_by_the_same_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = ["--process", "flow", "--steps", "2", "--teacher-steps", "2", "--batch-size", "8", "--channels", "16"]
+    more = ["--eval-samples", "6", "--sample-steps", "2", "--prune", "0.5", "--importance", "taylor"]
+    assert train.main([*few, *more]) == 0
+    metrics = json.loads((tmp_path / "runs/digits8-prune0.5-flow-place/metrics.json").read_text())
+    assert "Euler, 2 steps, eta 0" in metrics["protocol"] and metrics["students"][0]["non_finite"] == 0
+    teacher = next((tmp_path / "runs/teachers").glob("*/config.json"))
+    assert json.loads(teacher.read_text())["process"] == "flow"
+
+    settings = train.Settings(arch="dit", process="flow")
+    assert settings.eta == 0 and train.Settings(arch="dit").eta == 1
+    assert not train.new_network(settings, data.load("digits")).config["learn_sigma"]
+    for wrong in (["--eta", "1"], ["--fold-steps", "8"]):
+        with pytest.raises(SystemExit):
+            train.main([*few, *wrong])
+        assert "--process flow has none of it" in capsys.readouterr().err

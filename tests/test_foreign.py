@@ -1,5 +1,6 @@
 """Networks of diffusers that read text: behind our call, cut down to students, saved, sampled by pipelines."""
 
+import copy
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ from torch import nn
 
 import foreign
 from diffusion import DDPM, process_named
-from foreign import NARROW, MMDiT, TextUNet, bk_sdm, load, process_of
+from foreign import NARROW, MMDiT, TextUNet, bk_sdm, load, memory, process_of
 from models import Tapped, UNet, prune_depth
 
 diffusers = pytest.importorskip("diffusers")
@@ -313,6 +314,38 @@ def test_gradient_checkpointing_changes_no_gradient(make):
     assert net.net.is_gradient_checkpointing
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_memory_of_the_readme_is_what_a_small_network_takes(monkeypatch):
+    """Weights, gradients, moments and average to the byte; activations, which nothing frees, within a third."""
+    monkeypatch.setattr(MMDiT, "text_tokens", 5)
+    width = {"attention_head_dim": 64, "caption_projection_dim": 128, "sample_size": 32, "pos_embed_max_size": 16}
+    net = MMDiT.of({**TINY_SD3, "num_layers": 6, **width}).train()
+    generator, n = torch.Generator().manual_seed(2), parameters(net)
+    x, t = torch.randn(16, 4, 32, 32, generator=generator), torch.linspace(1, 900, 16)
+    cond = {"text": torch.randn(16, 5, 12, generator=generator), "pooled": torch.randn(16, 10, generator=generator)}
+    computed, kept = memory(net, net), []
+    for recompute in (False, True):
+        net.checkpoint(recompute)
+        sizes, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept), torch.autocast("cpu", torch.bfloat16):
+            output = net(x, t, cond)
+        kept.append(sum(size for place, size in sizes.items() if place not in own))
+    assert 2 / 3 < (kept[1] + kept[0] / 6) / (16 * computed["activation"] + computed["copies"]) < 1
+
+    output.float().square().mean().backward()
+    optimizer, average = torch.optim.AdamW(net.parameters()), copy.deepcopy(net)
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    tensors = [*net.parameters(), *(p.grad for p in net.parameters()), *average.parameters(), *moments]
+    assert sum(tensor.nbytes for tensor in tensors) == computed["student"] == 20 * n
+    assert computed["teacher"] == sum(p.nbytes for p in net.bfloat16().parameters())
+    assert memory(net, net, 4)["student"] == 5 * n
 
 
 # ---- saved networks --------------------------------------------------------------------------------------------------
