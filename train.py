@@ -641,9 +641,17 @@ def prepare(settings: Settings) -> Run:
     student = (
         None if settings.student is None or known else open_network("--student", settings.student, settings, images)
     )
-    if settings.keep is not None:
+    if settings.arch in ("dit", "mmdit") and student is None:
         with torch.device("meta"):
-            check_blocks(len((teacher or new_network(settings, images)).blocks), settings.keep)
+            depth = len((teacher or new_network(settings, images)).blocks)
+        if settings.keep is not None:
+            check_blocks(depth, settings.keep)
+        n = kept_blocks(settings, depth)
+        if len(settings.seeds) > 1 and settings.depth_method == "random" and n in (1, 2, depth):
+            raise ValueError(
+                f"--prune {settings.prune:g} keeps {n} of {depth} blocks: the seeds would draw the same ones, for the "
+                "first and the last always stay; give one seed, or another --prune"
+            )
     check_steps(settings, teacher, student)
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
     fit(settings, "place", probe, probe)  # refuses a group size that does not fit
@@ -832,10 +840,15 @@ def first_batch(run: Run, net: Network, process: Process) -> Batch:
         return batch(run.settings, *next(stream), slice(None), False, process, 0, run.device, net)
 
 
+def kept_blocks(settings: Settings, depth: int) -> int:
+    """How many of `depth` blocks stay."""
+    return max(1, round(depth * (1 - settings.prune)))
+
+
 def choose_blocks(run: Run, teacher: Network, process: Process, method: str, seed: int) -> list[int]:
     """The teacher's blocks that stay, by --keep, or --prune and a method of DEPTH_METHODS."""
     settings, depth = run.settings, len(teacher.blocks)
-    n = max(1, round(depth * (1 - settings.prune)))
+    n = kept_blocks(settings, depth)
     if settings.keep is not None or n == depth:
         return list(settings.keep or range(depth))
     if method == "shortgpt":

@@ -317,6 +317,10 @@ def test_without_diffusers_one_sentence_says_what_to_install(capsys, monkeypatch
         (["--arch", "dit", "--seeds", "0", "1", "--depth-method", "uniform"], "prune with --depth-method random"),
         (["--arch", "dit", "--keep", "0,99"], "numbers from 0 to 7, not [0, 99]"),
         (["--arch", "dit", "--keep", "0,two"], "0,two"),
+        (
+            ["--arch", "dit", "--prune", "0.75", "--seeds", "0", "1"],
+            "keeps 2 of 8 blocks: the seeds would draw the same",
+        ),
         (["--keep", "0,1"], "use --prune, or --arch dit"),
     ],
 )

@@ -11,7 +11,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "docs/digits.md").read_text()
+PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])
 COMMANDS = [
     shlex.split(line, comments=True)
     for line in re.findall(r"(?:^|`)((?:python|torchrun) [^`\n]*)", PAGES, re.MULTILINE)
