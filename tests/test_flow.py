@@ -1,6 +1,7 @@
 """The rectified flow: its lines, its times, and its sampler against the exact answer and against diffusers."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -200,6 +201,8 @@ def test_our_unet_learns_a_flow():
 
 def test_a_flow_is_trained_and_sampled_by_the_same_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for library in ("diffusers", "transformers", "accelerate"):  # which nobody needs for this
+        monkeypatch.setitem(sys.modules, library, None)
     few = ["--process", "flow", "--steps", "2", "--teacher-steps", "2", "--batch-size", "8", "--channels", "16"]
     more = ["--eval-samples", "6", "--sample-steps", "2", "--prune", "0.5", "--importance", "taylor"]
     assert train.main([*few, *more]) == 0

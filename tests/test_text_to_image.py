@@ -173,8 +173,27 @@ def test_embeddings_are_those_of_the_pipeline(family, pipelines):
         theirs = [text, pooled]
         assert encoder.stored == (8, 32) and encoder.shapes == {"text": (264, 36), "pooled": (24,)}
         assert not text[:, 8:].any() and not text[:, :, 32:].any()  # what is not stored
-    assert [torch.equal(a, b) for a, b in zip(ours.values(), theirs, strict=True)] == [True] * len(theirs)
+    torch.testing.assert_close(list(ours.values()), theirs, rtol=1e-4, atol=1e-4)
     assert not torch.equal(ours["text"][0], ours["text"][1])
+
+
+def test_embeddings_with_t5_are_those_of_the_pipeline_and_it_can_be_left_out(pipelines, tmp_path):
+    torch.manual_seed(0)
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -3.0), *((letter, -3.0) for letter in LETTERS)]
+    sizes = {"vocab_size": 40, "d_model": 36, "d_kv": 6, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    tokenizer = transformers.T5Tokenizer(vocab=words, extra_ids=0)
+    with_t5 = diffusers.DiffusionPipeline.from_pretrained(pipelines["mmdit"], text_encoder_3=t5, tokenizer_3=tokenizer)
+    with_t5.save_pretrained(tmp_path)
+    text, _, pooled, _ = with_t5.encode_prompt(["a b"], None, None, do_classifier_free_guidance=False)
+    ours = TextEncoder(tmp_path)
+    assert ours.stored == ours.shapes["text"] == (264, 36) and text[:, 8:].any()
+    found = ours.encode(["a b"])
+    torch.testing.assert_close(found, {"text": text, "pooled": pooled}, rtol=1e-4, atol=1e-4)
+    small = TextEncoder(tmp_path, t5=False)
+    assert small.stored == (8, 32)
+    torch.testing.assert_close(small.encode(["a b"])["text"][:, :8], text[:, :8], rtol=1e-4, atol=1e-4)
+    assert small.record["text_fingerprint"] != ours.record["text_fingerprint"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
