@@ -241,8 +241,8 @@ def outputs(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
 
 def backward(function: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Callable[[], None]:
     def case() -> None:
-        student.grad = None
         function(student, teacher).backward()
+        student.grad = None  # so that a case frees all that it takes, and nothing else
 
     return case
 
