@@ -146,7 +146,7 @@ def latents(pipelines, images, tmp_path_factory) -> dict[str, Path]:
     return {family: folder / family for family in FAMILIES}
 
 
-STUDENT = {"sd": ["--student", "base"], "mmdit": ["--keep", "0", "2"]}
+STUDENT = {"sd": ["--student", "base"], "mmdit": ["--keep", "0,2"]}
 
 
 def command(family: str, pipelines, latents, out: Path, *more: str) -> list[str]:
@@ -270,13 +270,13 @@ def test_captions_that_cannot_be_read_say_why(tmp_path):
 def test_from_captioned_images_to_a_student_inside_the_pipeline(
     family, pipelines, latents, tmp_path, capsys, monkeypatch
 ):
-    run, few = tmp_path / "run", ["--steps", "10", "--batch-size", "8", "--lr", "1e-2", "--save-every", "5"]
-    assert train.main(command(family, pipelines, latents, run, "--kd", "none", "out", "place", *few)) == 0
+    run, few = tmp_path / "run", ["--steps", "8", "--batch-size", "8", "--lr", "1e-2", "--save-every", "4"]
+    assert train.main(command(family, pipelines, latents, run, "--kd", "none", "place", *few)) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    losses = {name: [line["loss"] for line in lines if line["method"] == name] for name in ("none", "out", "place")}
-    assert len(lines) == 30 and np.isfinite([*losses.values()]).all() and lines[2]["w"] > 0
-    assert sum(losses["none"][-3:]) < 0.8 * sum(losses["none"][:3])  # it learns these eight latents
-    assert losses["none"][0] != losses["out"][0] != losses["place"][0]
+    losses = {name: [line["loss"] for line in lines if line["method"] == name] for name in ("none", "place")}
+    assert len(lines) == 16 and np.isfinite([*losses.values()]).all() and lines[1]["w"] > 0
+    assert sum(losses["none"][-3:]) < 0.92 * sum(losses["none"][:3])  # it learns these eight latents
+    assert losses["none"][0] != losses["place"][0]
 
     # the same student alone, killed half-way and resumed
     keep = train.save_checkpoint
@@ -300,8 +300,8 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
         json.loads((run / "metrics.json").read_text()),
         [evaluate.parameters(x) for x in (student, teacher)],
     )
-    assert [metrics["students"][2]["parameters"], metrics["teacher"]["parameters"]] == sizes
-    assert 0 < metrics["students"][2]["macs"] < metrics["teacher"]["macs"] and sizes[0] < 0.8 * sizes[1]
+    assert [metrics["students"][1]["parameters"], metrics["teacher"]["parameters"]] == sizes
+    assert 0 < metrics["students"][1]["macs"] < metrics["teacher"]["macs"] and sizes[0] < 0.8 * sizes[1]
 
     (tmp_path / "prompts.txt").write_text("a b\n\ncab\n")
     capsys.readouterr()
@@ -344,30 +344,25 @@ def test_training_drops_captions_for_teacher_and_students_alike(latents):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_two_processes_train_as_one(how, pipelines, latents, tmp_path):
-    """Over gloo: a student as near to that of one process as sums in another order can be."""
+def test_two_processes_train_as_one(pipelines, latents, tmp_path):
+    """By DDP and by FSDP, over gloo: a student as near to that of one process as sums in another order can be."""
     few = ["--steps", "2", "--device", "cpu", "--lr", "1e-3"]
-    assert train.main(command("mmdit", pipelines, latents, tmp_path / "one", *few)) == 0
-    two = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "train.py"),
-    ]
-    two += command("mmdit", pipelines, latents, tmp_path / "two", *few, *how)
+    run = lambda name, *how: command("mmdit", pipelines, latents, tmp_path / name, *few, *how)  # noqa: E731
+    assert train.main(run("one")) == 0
+    (tmp_path / "both.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        f"for run in {[run('ddp'), run('fsdp', '--fsdp')]}:\n    assert train.main(run) == 0\n"
+    )
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "both.py"]
     ended = subprocess.run(
         two, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    one, two = (load(tmp_path / name / "student").state_dict() for name in ("one", "two"))
     start = load(pipelines["mmdit"]).keep_blocks([0, 2]).state_dict()
-    moved = [(one[name] - start[name]).norm() for name in one]
-    apart = [(one[name] - two[name]).norm() for name in one]
-    assert sum(apart) < 0.02 * sum(moved) and sum(moved) > 0
+    one, ddp, fsdp = (load(tmp_path / name / "student").state_dict() for name in ("one", "ddp", "fsdp"))
+    moved = sum((one[name] - start[name]).norm() for name in one)
+    for two in (ddp, fsdp):
+        assert 0 < sum((one[name] - two[name]).norm() for name in one) < 0.02 * moved
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
