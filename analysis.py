@@ -200,6 +200,11 @@ def finished(settings: train.Settings) -> dict:
     return metrics
 
 
+def sum_of_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distance, summed over one sample and averaged over the batch, as in pixel space. a, b: (B, ...) -> ()."""
+    return nn.functional.mse_loss(a.float(), b.float(), reduction="sum") / a.shape[0]
+
+
 def distil(
     teacher: nn.Module,
     images: data.Images,
@@ -246,7 +251,7 @@ def distil(
                     e_t = teacher(x_t, t)
                 for (name, _), student in students.items():
                     e_s = student.net(x_t, t)
-                    (train.sum_of_squares(e_s, target) + losses[name](e_s, e_t, step)).backward()
+                    (sum_of_squares(e_s, target) + losses[name](e_s, e_t, step)).backward()
                     student.update(settings, step)
                 for (name, seed), student in students.items() if step + 1 in keep else ():
                     student.ema.save(folder / f"{step + 1}" / f"{name}-{seed}")

@@ -108,7 +108,7 @@ def test_the_loop_is_that_of_train(tmp_path, monkeypatch):
     train.distil(train.prepare(settings))
     teacher = load(f"{train.teacher_settings(settings).out}/teacher")
     losses = {
-        "out": lambda e_s, e_t, step: train.sum_of_squares(e_s, e_t),
+        "out": lambda e_s, e_t, step: analysis.sum_of_squares(e_s, e_t),
         "place": lambda e_s, e_t, step: train.fit(settings, "place", e_s, e_t).loss,
     }
     ours = train.Settings(out="ours", **common)
