@@ -218,7 +218,7 @@ def distil(
     """What train.py does, with distillation losses of one's own: a student for each loss and seed, side by side.
 
     Same images, noise, timesteps, pruning, optimizer, clipping and weight average as `train.py` with these settings;
-    no mirrored images, features or logs. The students are kept in `settings.out`, where a second call finds them.
+    no features or logs. The students are kept in `settings.out`, where a second call finds them.
 
     Args:
         losses: {name: loss(e_S, e_T, step)}; a loss is a sum over C, H, W and a mean over the batch.
@@ -242,15 +242,14 @@ def distil(
                 students[name, seed] = train.Student(settings, "none", seed, copy.deepcopy(net).to(device), None)
         with contextlib.closing(data.batches(images, settings.batch_size, settings.seed)) as stream:
             for step in tqdm(range(settings.steps), desc=folder.name, unit="step", mininterval=1.0):
-                generator = torch.Generator(device).manual_seed(train.hash_seed(settings.seed, step))
-                x0 = data.to_float(next(stream).to(device))  # (B, C, H, W)
-                noise = torch.randn(x0.shape, generator=generator, device=device)  # (B, C, H, W)
-                t = process.sample_t(len(x0), generator=generator, device=device)  # (B,)
-                x_t, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)
+                x0, noise, t, cond = train.batch(
+                    settings, *next(stream), slice(None), images.flip, process, step, device, teacher
+                )
+                x_t, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)  # (B, C, H, W)
                 with torch.no_grad():
-                    e_t = teacher(x_t, t)
+                    e_t = teacher(x_t, t, cond)
                 for (name, _), student in students.items():
-                    e_s = student.net(x_t, t)
+                    e_s = student.net(x_t, t, cond)
                     (sum_of_squares(e_s, target) + losses[name](e_s, e_t, step)).backward()
                     student.update(settings, step)
                 for (name, seed), student in students.items() if step + 1 in keep else ():
@@ -267,10 +266,9 @@ def rate(
     nets: dict[tuple[str, int], nn.Module], process, teacher_samples: Tensor, real, classifier=None, **options
 ) -> list[dict]:
     """Rows for `evaluate.table`: every network sampled from the teacher's noise and scored. options: of `sample`."""
-    n, *shape = teacher_samples.shape
     rows = []
     for (name, seed), net in nets.items():
-        samples = evaluate.sample(net, process, n, tuple(shape), label=f"sampling {name}", **options)
+        samples = evaluate.sample(net, process, len(teacher_samples), label=f"sampling {name}", **options)
         scores = evaluate.score(samples, teacher_samples, real, classifier)
         rows.append({"method": name, "seed": seed, "parameters": evaluate.parameters(net), **scores})
     return rows
