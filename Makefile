@@ -1,13 +1,16 @@
-# The two commands: `make demo` and `make test`. Both make .venv from requirements.txt first.
+# `make demo` and `make test`; `make notebooks` executes the notebooks at full size. All make .venv from requirements.txt.
 PYTHON ?= python3
 
-.PHONY: demo test
+.PHONY: demo test notebooks
 
 demo: .venv/installed
 	.venv/bin/python train.py --kd none out lift place --lambda-feat 0 --steps 1200 --eval-samples 1000 --out runs/demo
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile
+
+notebooks: .venv/installed
+	.venv/bin/python notebooks/run.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,64 @@
+"""Execute notebooks at their full size and record what each output came from.
+
+    python notebooks/run.py                     # all of them, as `make notebooks` does
+    python notebooks/run.py notebooks/01*.ipynb
+
+Outputs are written into the notebooks, without progress bars. Beside those of every code cell stands a hash of the
+source that gave them; tests/test_notebooks.py compares it with the present source. What a run needs later again
+(teachers, students) is kept in notebooks/runs: without that folder all is computed anew.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+
+
+def fingerprint(source: str) -> str:
+    """What is recorded of a cell's source."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def needs_record(cell: nbformat.NotebookNode) -> bool:
+    """Code whose outputs have to be those of its source; the set-up cell only finds the modules."""
+    return cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", [])
+
+
+def execute(path: Path, folder: Path, **limits) -> nbformat.NotebookNode:
+    """The notebook of `path`, all its cells executed in `folder`. limits: of NotebookClient, such as `timeout`.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+        nbclient.exceptions.CellTimeoutError: a cell took longer than `timeout` seconds.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, record_timing=False, **limits).execute()
+    return notebook
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("run.py", description="Execute notebooks at full size and record their outputs.")
+    parser.add_argument("notebooks", metavar="NOTEBOOK", nargs="*", type=Path, help="[all]")
+    os.environ.pop("NOTEBOOK_FAST", None)
+    for path in parser.parse_args(arguments).notebooks or sorted(HERE.glob("*.ipynb")):
+        print(f"{path.name}: ", end="", flush=True)
+        began = time.monotonic()
+        notebook = execute(path, HERE, timeout=None)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.metadata["source_hash"] = fingerprint(cell.source)
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        nbformat.write(notebook, path)
+        print(f"{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

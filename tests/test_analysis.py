@@ -1,0 +1,138 @@
+"""analysis.py: its lines are those of the loss, its sampler the process's, its loop that of train.py."""
+
+import json
+
+import matplotlib
+import pytest
+import torch
+
+import analysis
+import data
+import train
+from diffusion import DDPM
+from lift_place import lift, place
+from models import UNet, load
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(3, 2, 4, 8, generator=generator)
+    return 0.7 * teacher + 0.2 + 0.3 * torch.randn(teacher.shape, generator=generator), teacher
+
+
+@pytest.fixture
+def nets():
+    torch.manual_seed(0)
+    build = {"in_channels": 1, "channels": 8, "channel_mults": (1,), "num_res_blocks": 1, "norm_groups": 4}
+    return [UNet(8, **build).eval().requires_grad_(False) for _ in range(2)]
+
+
+def test_lines_leave_the_residual_that_the_losses_report(pair):
+    student, teacher = pair
+    for parts, groups in (
+        (lift(student, teacher), None),
+        (place(student, teacher, group_size=8), analysis.group_numbers(student, teacher, 8)),
+    ):
+        left = (teacher - analysis.apply_lines(student, parts, groups)).square().mean()
+        torch.testing.assert_close(left, parts.fine, rtol=1e-4, atol=1e-7)
+
+
+def test_groups_are_of_one_size_and_in_order_of_growing_error(pair):
+    student, teacher = pair
+    groups, error = analysis.group_numbers(student, teacher, 8), (teacher - student).abs()
+    assert groups.unique(return_counts=True)[1].tolist() == [3 * 2 * 8] * 4
+    for g in range(3):
+        one, image = (error[1, 0][groups[1, 0] == n] for n in (g, g + 1))
+        assert one.max() <= image.min()
+
+
+def test_lines_of_several_groups_need_the_groups(pair):
+    with pytest.raises(ValueError, match="which element is in which group"):
+        analysis.apply_lines(pair[0], place(*pair, group_size=8))
+
+
+def test_a_sampling_path_ends_where_the_sampler_does(nets):
+    process, noise = DDPM(), torch.randn(2, 1, 8, 8)
+    path = analysis.sampling_path(nets[0], process, noise, 5)
+    assert path.states.shape == (6, 2, 1, 8, 8) and path.outputs.shape == (5, 2, 1, 8, 8)
+    assert torch.equal(path.states[-1], process.sample(nets[0], noise.shape, 5, noise=noise))
+
+
+def test_a_student_that_is_a_line_away_is_corrected_to_the_teacher(nets):
+    process, noise, teacher = DDPM(), torch.randn(2, 1, 8, 8), nets[0]
+
+    def student(x, t, cond=None):
+        return 0.5 * teacher(x, t) - 0.1
+
+    path = analysis.sampling_path(teacher, process, noise, 5)
+    wrong = process.sample(student, noise.shape, 5, noise=noise)
+    assert (wrong - path.states[-1]).abs().max() > 0.1
+    for options in ({}, {"teacher": teacher}, {"group_size": 16}):
+        right, b0, b1 = analysis.corrected_path(student, process, path, **options)
+        torch.testing.assert_close(right, path.states[-1], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(b1, torch.full_like(b1, 2), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(b0, torch.full_like(b0, 0.2), rtol=1e-2, atol=1e-3)
+
+
+def test_the_error_by_timestep_adds_up(nets):
+    x0 = torch.randn(4, 1, 8, 8)
+    found = analysis.error_by_timestep(*nets, DDPM(), x0, [0, 500], group_size=16)
+    student, teacher = analysis.outputs_at(nets, DDPM(), x0, 500)
+    assert found["total"][1] == pytest.approx((teacher - student).square().mean().item())
+    mean = (teacher - student).mean((2, 3)).square()
+    slope = lift(student, teacher).b1[..., 0] - 1
+    coarse = (mean + slope.square() * student.var((2, 3), correction=0)).mean()
+    assert found["coarse"][1].item() == pytest.approx(coarse.item(), rel=1e-3)
+    assert (found["fine_groups"] <= found["fine"]).all()
+    maps = analysis.error_maps(*nets, DDPM(), x0, [0, 500])
+    torch.testing.assert_close(maps.mean((1, 2, 3)), found["total"])
+
+
+def test_share_of_the_worst_and_rank_correlation():
+    flat, peak = torch.ones(10, 10), torch.zeros(10, 10)
+    peak[3, 4] = 1
+    assert analysis.share_of_worst(torch.stack([flat, peak])).tolist() == pytest.approx([0.1, 1.0])
+    ramp = torch.arange(64.0).view(1, 1, 8, 8)
+    maps = torch.cat([ramp, ramp.exp().clamp(max=1e30) + ramp, -ramp])  # (3, 1, 8, 8)
+    expected = torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]])
+    torch.testing.assert_close(analysis.rank_correlation(maps).float(), expected)
+
+
+def test_the_loop_is_that_of_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = {"steps": 3, "seeds": (0, 1), "lambda_feat": 0.0, "eval_samples": 0, "channels": 8, "teacher_steps": 2}
+    settings = train.Settings(kd=("out", "place"), out="theirs", **common)
+    train.distil(train.prepare(settings))
+    teacher = load(f"{train.teacher_settings(settings).out}/teacher")
+    losses = {
+        "out": lambda e_s, e_t, step: analysis.sum_of_squares(e_s, e_t),
+        "place": lambda e_s, e_t, step: train.fit(settings, "place", e_s, e_t).loss,
+    }
+    ours = train.Settings(out="ours", **common)
+    images = data.load("digits")
+    found = analysis.distil(teacher, images, ours, DDPM(), losses, snapshots=[1])
+    assert found.keys() == {1, 3}
+    for (name, seed), net in found[3].items():
+        other = load(f"theirs/student/{name}-{seed}").state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in net.state_dict().items()), (name, seed)
+        assert not torch.equal(net.conv_in.weight, found[1][name, seed].conv_in.weight)
+    again = analysis.distil(teacher, images, ours, DDPM(), losses, snapshots=[1])  # read, not trained
+    assert torch.equal(again[3]["out", 0].conv_in.weight, found[3]["out", 0].conv_in.weight)
+    with pytest.raises(ValueError, match="other settings or losses"):
+        analysis.distil(teacher, images, ours, DDPM(), {"out": losses["out"]})
+
+    rows = analysis.rate(found[3], DDPM(), torch.randn(8, 1, 8, 8), images.images[:20], seed=0, steps=2, progress=False)
+    assert [(row["method"], row["seed"]) for row in rows] == list(found[3])
+    assert analysis.by_method(rows, "saturated").keys() == {"out", "place"}
+    assert json.dumps(rows)
+
+
+def test_plots_show_every_seed():
+    _, axis = analysis.panels()
+    analysis.dots(axis, {"out": [1.0, 2.0], "place": [3.0]})
+    analysis.spread(axis, [0, 1], [[1.0, 2.0], [3.0, 4.0]], "place")
+    heights = [line.get_ydata().tolist() for line in axis.lines]
+    assert heights == [[1.0, 2.0], [3.0], [2.0, 3.0]]
