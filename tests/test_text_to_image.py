@@ -3,10 +3,12 @@
 The pipelines are tiny and random, and otherwise real: written by diffusers, with tokenizers, text encoders and a VAE.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -349,15 +351,26 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
     few = ["--steps", "2", "--device", "cpu", "--lr", "1e-3"]
     run = lambda name, *how: command("mmdit", pipelines, latents, tmp_path / name, *few, *how)  # noqa: E731
     assert train.main(run("one")) == 0
+    with contextlib.ExitStack() as held:  # a port for each of the two runs
+        sockets = [held.enter_context(socket.socket()) for _ in range(2)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [str(each.getsockname()[1]) for each in sockets]
     (tmp_path / "both.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-        f"for run in {[run('ddp'), run('fsdp', '--fsdp')]}:\n    assert train.main(run) == 0\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        f"for port, run in zip({ports}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
+        "    os.environ['MASTER_PORT'] = port\n    assert train.main(run) == 0\n"
     )
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "both.py"]
-    ended = subprocess.run(
-        two, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=600, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    both = [
+        subprocess.Popen([sys.executable, tmp_path / "both.py"], env={**env, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     start = load(pipelines["mmdit"]).keep_blocks([0, 2]).state_dict()
     one, ddp, fsdp = (load(tmp_path / name / "student").state_dict() for name in ("one", "ddp", "fsdp"))
     moved = sum((one[name] - start[name]).norm() for name in one)
