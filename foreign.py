@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from functools import partial
 from http.client import HTTPException
@@ -79,8 +80,8 @@ def process_of(where: str | os.PathLike) -> str | None:
     config = json.loads(file.read_text())
     name = config.get("_class_name", "")
     if name.startswith("FlowMatch"):
-        shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
-        found = {1.0: "flow", 3.0: "sd3"}.get(shift)
+        found = {1.0: "flow", 3.0: "sd3"}.get(config.get("shift", 1.0))
+        found = None if config.get("use_dynamic_shifting") else found
     else:
         betas = tuple(config.get(key) for key in ("beta_start", "beta_end", "beta_schedule"))
         kinds = {"ddpm": (1e-4, 2e-2, "linear"), "sd": (STABLE["beta_start"], STABLE["beta_end"], "scaled_linear")}
@@ -350,6 +351,7 @@ class Diffusers(Network):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as parts:
             self.net.save_pretrained(parts, max_shard_size="1TB")
             for name in sorted(os.listdir(parts), key=lambda name: name == "config.json"):
+                shutil.copymode(Path(parts) / "config.json", Path(parts) / name)  # the weights would be for us alone
                 os.replace(Path(parts) / name, folder / name)
 
     def checkpoint(self, enable: bool = True) -> None:
@@ -469,7 +471,6 @@ def bk_sdm(net: TextUNet, size: str) -> TextUNet:
     if size == "tiny":
         config = {name: value[:3] if isinstance(value, (list, tuple)) else value for name, value in config.items()}
         config["up_block_types"] = net.net.config["up_block_types"][1:]
-    state = net.net.state_dict()
     with torch.device("meta"):
         names = TextUNet.of(config).net.state_dict()
     taken = {}
@@ -600,10 +601,8 @@ class TextEncoder:
     def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu", t5: bool = True):
         diffusers = library("diffusers", "embedding text")
         library("transformers", "embedding text")
-        self.device, dtype = (
-            torch.device(device),
-            torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16,
-        )
+        self.device = torch.device(device)
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         try:
             index = diffusers.DiffusionPipeline.load_config(str(where))
             kind = next((kind for kind in WRAPPERS.values() if index.get(kind.folder, [0, 0])[1] == kind.kind), None)

@@ -357,10 +357,17 @@ def test_networks_come_back_bit_for_bit_from_folders_and_pipelines(make, tmp_pat
     net.save(tmp_path / net.folder)
     files = ["config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(file.name for file in (tmp_path / net.folder).iterdir()) == files
+    assert len({file.stat().st_mode for file in (tmp_path / net.folder).iterdir()}) == 1  # as readable as each other
     for folder in (tmp_path, tmp_path / net.folder):
         again = load(folder)
         assert type(again) is type(net) and same_weights(again, net) and not again.training
         assert json.dumps(again.config) == json.dumps(net.config)
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    net = an_mmdit()
+    net.net.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1 and same_weights(load(tmp_path), net)
 
 
 def test_damaged_folders_are_one_clear_error(tmp_path):
@@ -440,6 +447,7 @@ def test_a_process_that_is_not_ours_is_refused(tmp_path):
         diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
         diffusers.DDPMScheduler(prediction_type="v_prediction"),
         diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     ):
         scheduler.save_pretrained(tmp_path / "scheduler")
         with pytest.raises(ValueError, match=f"describes a {type(scheduler).__name__} with settings that no process"):
