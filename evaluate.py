@@ -639,13 +639,14 @@ def protocol(
     eta: float,
     ema: float,
     seed: int,
-    guidance: float | None = None,
+    told: str = "",
     classifier: DigitClassifier | None = None,
 ) -> str:
     """One line that says how the numbers of a table came about.
 
     n_real, n_fake, n_floor: images of the train split, of each network, of the held-out split (0: there is none).
-    ema: rate of the weight average that was sampled. seed: of the starting noise. guidance: of networks with classes.
+    ema: rate of the weight average that was sampled. seed: of the starting noise. told: what the
+    networks were told of the images, and how strongly.
     """
     features, on = "", "the same pixels"
     if classifier:
@@ -655,7 +656,7 @@ def protocol(
         f"Frechet px: pixels in [-1, 1]; {features}precision, recall (k=5): {on}; these on samples clamped to [-1, 1] "
         f"and rounded to 8 bits, MSE and saturated (|x| > 1.2) on raw samples; {n_real} real, {n_fake} generated"
         f"{f', {n_floor} held out' if n_floor else ''}; {sampler}, {steps} steps, eta {eta:g}"
-        f"{'' if guidance is None else f', guidance {guidance:g}, classes in turn'}; EMA {ema:g}; seed {seed}"
+        f"{told and f', {told}'}; EMA {ema:g}; seed {seed}"
     )
 
 

@@ -1042,7 +1042,9 @@ def measure(run: Run, teacher: Network, students: list[Student], process: Proces
         eta=settings.eta,
         ema=settings.ema,
         seed=settings.seed,
-        guidance=settings.guidance if cond else None,
+        told=f"guidance {settings.guidance:g}, {'classes in turn' if labels is not None else 'captions'}"
+        if cond
+        else "",
         classifier=classifier,
     )
     return metrics
