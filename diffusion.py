@@ -42,6 +42,8 @@ class DDPM:
         spacing: which timesteps a sampler of few steps visits, see `timesteps`.
         schedule: how the betas grow, "linear" or, as Stable Diffusion's do, "scaled_linear": their roots do.
         prediction: what the network predicts, "noise" or "v" = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512).
+        clip_x0: whether a sampler clamps the predicted image to [-1, 1] at every step, and the noise with it. Of
+            pixels only; the paper's samples are drawn without, SFDDM's with.
 
     Attributes: `sampler` (its name), `steps` (T), `betas` and `alpha_bar`, both (T,) float32 on the CPU; `folded_from`,
     the T of the process that this one was folded from (`fold`), or its own.
@@ -50,7 +52,9 @@ class DDPM:
         ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown word.
     """
 
-    sampler = "DDIM"
+    @property
+    def sampler(self) -> str:
+        return "DDIM with clipped x0" if self.clip_x0 else "DDIM"
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class DDPM:
         spacing: str = "leading",
         schedule: str = "linear",
         prediction: str = "noise",
+        clip_x0: bool = False,
     ):
         for name, given, known in (
             ("spacing", spacing, ("leading", "linspace")),
@@ -73,7 +78,7 @@ class DDPM:
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         self.steps = self.folded_from = steps
-        self.spacing, self.prediction = spacing, prediction
+        self.spacing, self.prediction, self.clip_x0 = spacing, prediction, clip_x0
         power = 1 if schedule == "linear" else 2
         roots = torch.linspace(beta_start ** (1 / power), beta_end ** (1 / power), steps, dtype=torch.float64)
         self.betas = (roots**power).float()  # (T,)
@@ -251,7 +256,7 @@ class DDPM:
                 A list of them, one per sample, makes a sample independent of its batch.
             progress: wraps the loop over steps, for instance `tqdm`.
 
-        Returns: x_0, `shape`, float32, as it comes out: nothing is clipped on the way and the result is not clamped.
+        Returns: x_0, `shape`, float32, as it comes out: without `clip_x0` nothing is clipped.
 
         Raises:
             ValueError: `steps` outside 1 .. T or not falling, `eta` outside [0, 1], `noise` not of `shape`, or a
@@ -297,6 +302,9 @@ class DDPM:
         beta = 1 - a / a_next  # of this step, which may span several timesteps
         sigma = eta * math.sqrt(beta * (1 - a_next) / (1 - a))
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        if self.clip_x0:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
         if sigma == 0:
             return x
@@ -491,7 +499,7 @@ PROCESSES: dict[str, tuple[type[Process], dict[str, Any]]] = {  # by the names t
 }
 
 
-def process_named(name: str, spacing: str = "leading") -> Process:
-    """The process of that name in `PROCESSES`; `spacing` is the sampler's, where it has a choice (DDPM)."""
+def process_named(name: str, spacing: str = "leading", clip_x0: bool = False) -> Process:
+    """The process of that name in `PROCESSES`; the rest is the sampler's, where it has a choice (DDPM)."""
     kind, settings = PROCESSES[name]
-    return kind(**settings, **({"spacing": spacing} if kind is DDPM else {}))
+    return kind(**settings, **({"spacing": spacing, "clip_x0": clip_x0} if kind is DDPM else {}))

@@ -73,6 +73,7 @@ SAMPLER = {
     "sample_steps": None,
     "eta": 0.0,
     "spacing": "leading",
+    "clip_x0": False,
     "guidance": 1.0,
     "vae": None,
     "process": "ddpm",
@@ -149,9 +150,9 @@ def macs(net: nn.Module, shape: tuple[int, ...] | None = None) -> int:
 # Sampling
 
 
-def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading") -> Process:
+def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False) -> Process:
     """The process `name` of diffusion.PROCESSES as this network knows it: folded if it is a student of few steps."""
-    process, steps = process_named(name, spacing), net.config.get("fold_steps")
+    process, steps = process_named(name, spacing, clip_x0), net.config.get("fold_steps")
     return process if steps is None else process.fold(steps)
 
 
@@ -935,6 +936,7 @@ def main(arguments: list[str] | None = None, extract: Extract | None = None) -> 
     add("--sample-steps", type=int, help="DDIM steps [as the run's, else 100, or all of a student of few steps]")
     add("--eta", type=float, help="DDIM eta, 0 deterministic .. 1 ancestral [as the run's, else 0]")
     add("--spacing", choices=("leading", "linspace"), help="of the timesteps [as the run's, else leading]")
+    add("--clip-x0", action="store_true", default=None, help="clamp the predicted image at every step [as the run did]")
     add("--guidance", type=float, help="scale of classifier-free guidance, 1: none [as the run's, else 1]")
     add("--process", choices=tuple(PROCESSES), help="what the networks predict [as the run's, else ddpm]")
     add("--vae", help="of networks on latents: folder or hub id [as the run's]")
@@ -1000,7 +1002,7 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
                 raise ValueError(
                     f"{folder} has the name or another image shape of one before: give it a call of its own"
                 )
-            process = process_of(net, options.process, options.spacing)
+            process = process_of(net, options.process, options.spacing, options.clip_x0)
             if any(process.steps != process_of(other).steps for other in nets.values()):
                 raise ValueError(f"{folder} has another number of timesteps than one before: give it a call of its own")
             nets[name] = net
@@ -1030,7 +1032,12 @@ def measure(options: argparse.Namespace, extract: Extract | None) -> int:
             real = data.load(options.dataset, options.data, image_size=shape[1], channels=shape[0])
         settings = {"seed": options.seed, "steps": options.sample_steps, "eta": options.eta}
         settings |= {"guidance": options.guidance, "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported()}
-        about = {**settings, "spacing": options.spacing, **({} if vae is None else vae.record)}
+        about = {
+            **settings,
+            "spacing": options.spacing,
+            "clip_x0": options.clip_x0,
+            **({} if vae is None else vae.record),
+        }
         if text is not None:
             about |= {"process": options.process, "prompts": prompts[:count], **text.record}
         room = {name: open_samples(options.out / name, nets[name], count, shape, **about) for name in nets}

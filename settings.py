@@ -222,6 +222,9 @@ class Settings:
     spacing: str | None = option(
         None, "timesteps of the sampler, as in ddim or as in DiT", choices=("leading", "linspace")
     )
+    clip_x0: bool = option(
+        False, "clamp the predicted image at every step of the sampler, which the paper does not", bool
+    )
     guidance: float | None = option(None, "scale of classifier-free guidance, 1: none", float, low=0)
     out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -255,8 +258,10 @@ class Settings:
         for name in ("kd", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{flag(name)} takes one or more values, each named once")
-        if self.process in FLOWS and (self.eta > 0 or self.fold_steps is not None):
-            raise ValueError(f"--eta and --fold-steps are of DDPM's sampler, --process {self.process} has none of it")
+        if self.process in FLOWS and (self.eta > 0 or self.fold_steps is not None or self.clip_x0):
+            raise ValueError(
+                f"--eta, --clip-x0 and --fold-steps are of DDPM's sampler, --process {self.process} has none of it"
+            )
         if self.recompute and self.arch not in ("sd", "mmdit"):
             raise ValueError("--recompute is for --arch sd and mmdit; elsewhere --accumulate saves memory")
         if self.keep is not None and self.arch == "unet":
@@ -303,7 +308,7 @@ class Settings:
 
 # Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
 FREE = {"out", "device", "log", "log_every", "save_every"}
-EVALUATION = {"eval_samples", "sample_steps", "eta", "spacing", "guidance", "vae"}
+EVALUATION = {"eval_samples", "sample_steps", "eta", "spacing", "clip_x0", "guidance", "vae"}
 
 
 def flag(name: str) -> str:

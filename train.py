@@ -668,7 +668,7 @@ def prepare(settings: Settings) -> Run:
     if (folder / "metrics.json").exists():
         metrics = json.loads((folder / "metrics.json").read_text())
         refuse_other_settings(settings, metrics["settings"], folder / "metrics.json", free=FREE | EVALUATION)
-        if any(metrics["settings"][name] != getattr(settings, name) for name in EVALUATION):
+        if any(metrics["settings"].get(name) != getattr(settings, name) for name in EVALUATION):
             metrics = None  # evaluated otherwise: evaluate again
     return Run(settings, device, images, held_out, teacher, teacher_checkpoint, student, vae, checkpoint, metrics)
 
@@ -944,7 +944,7 @@ def distil(run: Run) -> dict[str, Any] | None:
     )
     if teacher is None:
         return None
-    process = evaluate.process_of(teacher, settings.process, settings.spacing)
+    process = evaluate.process_of(teacher, settings.process, settings.spacing, settings.clip_x0)
     teacher = on_device(teacher, run.device).eval().requires_grad_(True)  # for the gradients that Taylor pruning needs
     nets = pruned(run, teacher, process)
     teacher.requires_grad_(False).zero_grad(set_to_none=True)
@@ -1003,7 +1003,10 @@ def measure(run: Run, teacher: Network, students: list[Student], process: Proces
         cond = run.images.conditions(np.linspace(0, len(run.images.images) - 1, n).round().astype(int))
     options = {"seed": settings.seed, "eta": settings.eta, "device": run.device}
     options |= {"guidance": settings.guidance, "cond": cond, "vae": run.vae}
-    own, steps = evaluate.process_of(teacher, settings.process, settings.spacing), settings.sample_steps
+    own, steps = (
+        evaluate.process_of(teacher, settings.process, settings.spacing, settings.clip_x0),
+        settings.sample_steps,
+    )
     ways = {"teacher": (teacher, own, steps)}
     if settings.fold_steps is not None:
         usual = min(preset(settings.dataset, settings.prune)["sample_steps"], own.steps)
@@ -1037,7 +1040,7 @@ def measure(run: Run, teacher: Network, students: list[Student], process: Proces
         n_floor=0 if run.held_out is None else len(run.held_out.images),
         sampler=process.sampler
         if settings.fold_steps is None
-        else f"teacher DDIM, {ways['teacher'][2]} steps; others DDIM",
+        else f"teacher {process.sampler}, {ways['teacher'][2]} steps; others {process.sampler}",
         steps=steps,
         eta=settings.eta,
         ema=settings.ema,

@@ -290,3 +290,25 @@ def test_bad_input_is_one_clear_sentence(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(DDPM())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_clipping_on_the_way_equals_that_of_diffusers(eta):
+    diffusers = pytest.importorskip("diffusers")
+    process = DDPM(clip_x0=True)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=1e-4, beta_end=2e-2, clip_sample=True, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(20)
+
+    def net(x_t, t, cond=None):
+        return 0.7 * x_t.roll(1, -1) - 0.2  # far from any noise: most pixels are clipped
+
+    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x, generator = start, torch.Generator().manual_seed(1)
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t), t, x, eta=eta, use_clipped_model_output=True, generator=generator).prev_sample
+    ours = process.sample(net, start.shape, 20, eta=eta, noise=start, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    assert ours.abs().max() <= 1 and DDPM().sample(net, start.shape, 20, noise=start).abs().max() > 1
+    assert process.sampler == "DDIM with clipped x0" and DDPM().sampler == "DDIM"
