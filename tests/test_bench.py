@@ -15,7 +15,8 @@ import train
 from diffusion import DDPM
 
 ROOT = Path(__file__).parents[1]
-TABLES = re.findall(r"<!-- bench\.py (\S+) (\w+) -->\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+TABLES = re.findall(r"<!-- bench\.py (\S+) (\w+) -->\n(.*?)\n\n", PAGES, re.DOTALL)
 COLUMNS = {  # of every row of a section
     "loss": {"shape", "loss", "ms", "peak_MiB"},
     "step": {"what", "batch", "s"},
