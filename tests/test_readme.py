@@ -1,7 +1,9 @@
 """The README keeps its word: its code runs, its commands parse, its tables are those of the committed runs."""
 
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,22 @@ def test_the_files_and_pictures_that_the_readme_names_exist():
     named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+(?:\.py|/))` \|", README, re.MULTILINE)
     assert len(TABLES) >= 2 and "benchmarks/" in named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_the_folds_is_that_of_the_committed_runs():
+    runs = {
+        path.parent.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/fold").glob("*/metrics.json")
+    }
+    page = (ROOT / "docs/fold.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.* ± .*) \|$", page, re.MULTILINE)
+    assert [int(steps) for steps, _ in rows] == [125, 25, 10, 5]
+    for steps, shown in rows:
+        seeds = [runs[f"{steps}-seed{seed}"] for seed in range(3)]
+        columns = [[run["same_steps"][which] for run in seeds] for which in (0, 1)]
+        columns += [[run["students"][0] for run in seeds]]
+        names = ("pruned-ddim", "pruned", "pruned-1500-ddim", "pruned-1500")
+        columns += [runs[f"{steps}-{name}"]["students"] for name in names]
+        values = [[row["frechet_pixels"] for row in column] for column in columns]
+        assert all(len(column) == 3 for column in values)
+        expected = [f"{statistics.fmean(column):.2f} ± {statistics.stdev(column):.2f}" for column in values]
+        assert shown.split(" | ") == expected
