@@ -276,7 +276,7 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     assert train.main(command(family, pipelines, latents, run, "--kd", "none", "out", "place", *few)) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = {name: [line["loss"] for line in lines if line["method"] == name] for name in ("none", "out", "place")}
-    assert len(lines) == 16 and np.isfinite([*losses.values()]).all() and lines[1]["w"] > 0
+    assert len(lines) == 24 and np.isfinite([*losses.values()]).all() and lines[1]["w"] > 0
     assert sum(losses["none"][-3:]) < 0.92 * sum(losses["none"][:3])  # it learns these eight latents
     assert losses["none"][0] != losses["place"][0]
 
