@@ -267,12 +267,7 @@ class DDPM:
             raise ValueError(f"timesteps must fall, from at most {self.steps - 1} to at least 0, got {ts}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 as noisy as DDPM), got {eta}")
-        if noise is not None and noise.shape != tuple(shape):
-            raise ValueError(
-                f"the starting noise must have the shape of the samples, {tuple(shape)}, not {tuple(noise.shape)}"
-            )
-        device = _device_of(net, generator if noise is None else noise)
-        x = _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)  # (B, C, H, W)
+        x = _start(net, shape, noise, generator)  # (B, C, H, W)
         pairs = list(zip(ts, ts[1:] + [-1], strict=True))
         for t, t_next in pairs if progress is None else progress(pairs):
             now = torch.full(x.shape[:1], t, device=x.device)  # (B,)
@@ -357,6 +352,21 @@ def _randn(
         return torch.stack([_randn(shape[1:], one, device) for one in generator])
     where = device if generator is None else generator.device
     return torch.randn(*shape, generator=generator, device=where).to(device)
+
+
+def _start(
+    net: Net,
+    shape: Sequence[int],
+    noise: Tensor | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Tensor:
+    """The starting point of a sampler, `shape`, float32 where the network is: `noise`, or drawn."""
+    if noise is not None and noise.shape != tuple(shape):
+        raise ValueError(
+            f"the starting noise must have the shape of the samples, {tuple(shape)}, not {tuple(noise.shape)}"
+        )
+    device = _device_of(net, generator if noise is None else noise)
+    return _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)
 
 
 def _device_of(net: Net, source: Tensor | torch.Generator | Sequence[torch.Generator] | None) -> torch.device:
@@ -469,12 +479,7 @@ class RectifiedFlow:
         ts = self.timesteps(steps)
         if eta != 0:
             raise ValueError(f"a flow is sampled without new noise: eta must be 0, got {eta}")
-        if noise is not None and noise.shape != tuple(shape):
-            raise ValueError(
-                f"the starting noise must have the shape of the samples, {tuple(shape)}, not {tuple(noise.shape)}"
-            )
-        device = _device_of(net, generator if noise is None else noise)
-        z = _randn(shape, generator, device) if noise is None else noise.to(device, torch.float32)  # (B, C, H, W)
+        z = _start(net, shape, noise, generator)  # (B, C, H, W)
         pairs = list(zip(ts, ts[1:] + [0.0], strict=True))
         for t, t_next in pairs if progress is None else progress(pairs):
             v = net(z, torch.full(z.shape[:1], t, device=z.device), cond)

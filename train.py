@@ -251,10 +251,10 @@ class Student:
     def gather(self) -> None:
         """After training: a split average is put together again, on the CPU of rank 0. Every process has to call it."""
         if self.whole is not None:
-            from torch.distributed.checkpoint import state_dict as split
+            from torch.distributed.checkpoint import state_dict as sharded
 
-            options = split.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = split.get_model_state_dict(self.ema, options=options)
+            options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = sharded.get_model_state_dict(self.ema, options=options)
             if state:  # on rank 0
                 self.whole.load_state_dict(state, assign=True)
             self.ema = self.whole
@@ -262,24 +262,24 @@ class Student:
     def state(self) -> dict[str, Any]:
         """What `restore` takes. Every process has to call it if the weights are split; rank 0 gets them all."""
         if self.whole is not None:
-            from torch.distributed.checkpoint import state_dict as split
+            from torch.distributed.checkpoint import state_dict as sharded
 
-            options = split.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
             parts = {"module": self.bare, "ema": self.ema}
-            parts = {name: split.get_model_state_dict(net, options=options) for name, net in parts.items()}
-            parts["optimizer"] = split.get_optimizer_state_dict(self.bare, self.optimizer, options=options)
+            parts = {name: sharded.get_model_state_dict(net, options=options) for name, net in parts.items()}
+            parts["optimizer"] = sharded.get_optimizer_state_dict(self.bare, self.optimizer, options=options)
             return {"seconds": self.seconds, **parts, "scaler": self.scaler.state_dict()}
         parts = {"module": self.bare, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         return {"seconds": self.seconds, **{name: part.state_dict() for name, part in parts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
         if self.whole is not None:
-            from torch.distributed.checkpoint import state_dict as split
+            from torch.distributed.checkpoint import state_dict as sharded
 
-            options = split.StateDictOptions(full_state_dict=True)
-            split.set_model_state_dict(self.bare, state["module"], options=options)
-            split.set_model_state_dict(self.ema, state["ema"], options=options)
-            split.set_optimizer_state_dict(self.bare, self.optimizer, state["optimizer"], options=options)
+            options = sharded.StateDictOptions(full_state_dict=True)
+            sharded.set_model_state_dict(self.bare, state["module"], options=options)
+            sharded.set_model_state_dict(self.ema, state["ema"], options=options)
+            sharded.set_optimizer_state_dict(self.bare, self.optimizer, state["optimizer"], options=options)
         else:
             self.bare.load_state_dict(state["module"])
             self.ema.load_state_dict(state["ema"])
