@@ -161,11 +161,15 @@ def error_by_timestep(
 
 
 def error_maps(
-    student: nn.Module, teacher: nn.Module, process, x0: Tensor, timesteps: Sequence[int], seed: int = 0
+    student: nn.Module, teacher: nn.Module, process, x0: Tensor, timesteps: Sequence[int], draws: int = 1
 ) -> Tensor:
-    """(e_T - e_S)^2 averaged over channels: (T, B, H, W) on the CPU, one noise per image for all timesteps."""
-    pairs = (outputs_at((student, teacher), process, x0, t, seed) for t in timesteps)
-    return torch.stack([(e_t - e_s).square().mean(1).cpu() for e_s, e_t in pairs])
+    """(e_T - e_S)^2 averaged over channels and over `draws` noises, the same for all timesteps: (T, B, H, W), CPU."""
+    maps = torch.zeros(len(timesteps), len(x0), *x0.shape[2:])
+    for i, t in enumerate(timesteps):
+        for seed in range(draws):
+            e_s, e_t = outputs_at((student, teacher), process, x0, t, seed)
+            maps[i] += (e_t - e_s).square().mean(1).cpu() / draws  # (B, H, W)
+    return maps
 
 
 def share_of_worst(maps: Tensor, fraction: float = 0.1) -> Tensor:
@@ -332,6 +336,14 @@ def dots(axis, groups: dict[str, Sequence[float]], colors: dict[str, str] | None
         range(len(groups)), groups, rotation=30 if len(groups) > 4 else 0, ha="right" if len(groups) > 4 else "center"
     )
     axis.grid(axis="x", visible=False)
+
+
+def trend(axis, found: dict[str, dict[str, Sequence[float]]], methods: Iterable[str], **options) -> None:
+    """A line for each method through its means, bars from least to most. found: {x: {method: a value per seed}}."""
+    for method in methods:
+        values, color = [one[method] for one in found.values()], COLORS[method]
+        axis.plot(list(found), [sum(v) / len(v) for v in values], marker="o", color=color, **options)
+        axis.vlines(list(found), [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.4)
 
 
 def image_row(axes, images: Iterable[Tensor], titles: Iterable[str], **options) -> None:

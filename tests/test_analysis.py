@@ -89,6 +89,9 @@ def test_the_error_by_timestep_adds_up(nets):
     assert (found["fine_groups"] <= found["fine"]).all()
     maps = analysis.error_maps(*nets, DDPM(), x0, [0, 500])
     torch.testing.assert_close(maps.mean((1, 2, 3)), found["total"])
+    student, teacher = analysis.outputs_at(nets, DDPM(), x0, 500, seed=1)
+    both = analysis.error_maps(*nets, DDPM(), x0, [0, 500], draws=2)
+    torch.testing.assert_close(both[1], (maps[1] + (teacher - student).square().mean(1)) / 2)
 
 
 def test_share_of_the_worst_and_rank_correlation():
@@ -136,3 +139,6 @@ def test_plots_show_every_seed():
     analysis.spread(axis, [0, 1], [[1.0, 2.0], [3.0, 4.0]], "place")
     heights = [line.get_ydata().tolist() for line in axis.lines]
     assert heights == [[1.0, 2.0], [3.0], [2.0, 3.0]]
+    _, axis = analysis.panels()
+    analysis.trend(axis, {"600": {"out": [1.0, 2.0]}, "1200": {"out": [3.0]}}, ["out"])
+    assert axis.lines[0].get_ydata().tolist() == [1.5, 3.0]

@@ -22,15 +22,6 @@ from models import UNet, load_checkpoint
 TINY = {"image_size": 8, "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are so small that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_net(seed: int) -> UNet:
     torch.manual_seed(seed)
     return UNet(**TINY).eval()

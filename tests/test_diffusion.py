@@ -12,15 +12,6 @@ from torch import nn
 from diffusion import DDPM
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class SmallNet(nn.Module):
     """A small network of x and t that keeps x near unit size: the exact answer for N(0, 1) data plus a bend."""
 

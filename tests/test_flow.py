@@ -14,15 +14,6 @@ from diffusion import DDPM, RectifiedFlow
 from models import UNet, load
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scheduler(shift):
     return pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
 

@@ -57,15 +57,6 @@ TINY_SD3 = {
 SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1, 2)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are so small that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def shaken(net):
     """`net` with all weights moved: fresh norms and biases are 1 and 0, and could be exchanged unnoticed."""
     torch.manual_seed(1)

@@ -33,15 +33,6 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FAMILIES = ("sd", "mmdit")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are so small that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_tokenizer(folder: Path):
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
@@ -361,7 +352,7 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
         f"for port, run in zip({ports}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
         "    os.environ['MASTER_PORT'] = port\n    assert train.main(run) == 0\n"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     both = [
         subprocess.Popen([sys.executable, tmp_path / "both.py"], env={**env, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
