@@ -10,6 +10,7 @@ test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 notebooks: .venv/installed
+	rm -rf notebooks/runs
 	.venv/bin/python notebooks/run.py
 
 .venv/installed: requirements.txt

@@ -204,6 +204,11 @@ def finished(settings: train.Settings) -> dict:
     return metrics
 
 
+def committed(name: str) -> dict:
+    """The metrics.json of a run that is kept in benchmarks/, where its command and commit stand beside it."""
+    return json.loads((Path(__file__).parent / "benchmarks" / name / "metrics.json").read_text("utf-8"))
+
+
 def sum_of_squares(a: Tensor, b: Tensor) -> Tensor:
     """Squared distance, summed over one sample and averaged over the batch, as in pixel space. a, b: (B, ...) -> ()."""
     return nn.functional.mse_loss(a.float(), b.float(), reduction="sum") / a.shape[0]

@@ -250,9 +250,8 @@ def sample(net: nn.Module, process, n: int, **options) -> Tensor:
 def decoded(vae, latents: data.Images, n: int) -> np.ndarray:
     """The images (n, 3, H, W) uint8 behind n latents (not mirrored), evenly spaced over all of them."""
     rows = np.linspace(0, len(latents.images) - 1, min(n, len(latents.images))).round().astype(int)
-    parts = [
-        vae.decode(torch.from_numpy(latents.images[part][:, 0])) for part in np.array_split(rows, -(-len(rows) // 64))
-    ]
+    parts = np.array_split(rows, -(-len(rows) // 64))
+    parts = [vae.decode(torch.from_numpy(latents.images[part][:, 0])) for part in parts]
     return data.to_uint8(torch.cat(parts)).numpy()
 
 

@@ -448,14 +448,8 @@ def diagnose(
         output, teacher_output = output[:, :channels], teacher_output[:, :channels]  # without variances
         parts = parts or fit(settings, "place", output, teacher_output)
         mse = (output - teacher_output).square().mean()
-    names = {
-        "coarse": parts.coarse,
-        "fine": parts.fine,
-        "w": parts.weight,
-        "b0": parts.b0.mean(),
-        "b1": parts.b1.mean(),
-    }
-    return {**names, "mse": mse}
+    lines = {"b0": parts.b0.mean(), "b1": parts.b1.mean()}
+    return {"coarse": parts.coarse, "fine": parts.fine, "w": parts.weight, **lines, "mse": mse}
 
 
 def hash_seed(*numbers: int) -> int:
@@ -637,10 +631,9 @@ def prepare(settings: Settings) -> Run:
             kept = Path(own.out) / "teacher"
             teacher = foreign.load(kept) if (kept / "config.json").exists() else None
             teacher_checkpoint = read_checkpoint(own, Path(own.out)) if teacher is None else None
-    known = settings.arch == "sd" and settings.student in SD_STUDENTS
-    student = (
-        None if settings.student is None or known else open_network("--student", settings.student, settings, images)
-    )
+    student = None
+    if settings.student is not None and not (settings.arch == "sd" and settings.student in SD_STUDENTS):
+        student = open_network("--student", settings.student, settings, images)
     if settings.arch in ("dit", "mmdit") and student is None:
         with torch.device("meta"):
             depth = len((teacher or new_network(settings, images)).blocks)
@@ -939,9 +932,9 @@ def distil(run: Run) -> dict[str, Any] | None:
         say(f"{folder}: this run is finished, nothing to train; its results:")
         report(run.metrics, folder)
         return run.metrics
-    teacher = (
-        train_teacher(run, process_named(settings.process, settings.spacing)) if run.teacher is None else run.teacher
-    )
+    teacher = run.teacher
+    if teacher is None:
+        teacher = train_teacher(run, process_named(settings.process, settings.spacing))
     if teacher is None:
         return None
     process = evaluate.process_of(teacher, settings.process, settings.spacing, settings.clip_x0)
@@ -1003,10 +996,8 @@ def measure(run: Run, teacher: Network, students: list[Student], process: Proces
         cond = run.images.conditions(np.linspace(0, len(run.images.images) - 1, n).round().astype(int))
     options = {"seed": settings.seed, "eta": settings.eta, "device": run.device}
     options |= {"guidance": settings.guidance, "cond": cond, "vae": run.vae}
-    own, steps = (
-        evaluate.process_of(teacher, settings.process, settings.spacing, settings.clip_x0),
-        settings.sample_steps,
-    )
+    own = evaluate.process_of(teacher, settings.process, settings.spacing, settings.clip_x0)
+    steps = settings.sample_steps
     ways = {"teacher": (teacher, own, steps)}
     if settings.fold_steps is not None:
         usual = min(preset(settings.dataset, settings.prune)["sample_steps"], own.steps)
@@ -1034,20 +1025,21 @@ def measure(run: Run, teacher: Network, students: list[Student], process: Proces
         noise = evaluate.interpolate(teacher.shape, settings.seed)
         between = {name: its.sample(net, noise.shape, at, noise=noise) for name, (net, its, at) in ways.items()}
         evaluate.grid(folder / "interpolations.png", between)
+    sampler, told = process.sampler, ""
+    if settings.fold_steps is not None:
+        sampler = f"teacher {sampler}, {ways['teacher'][2]} steps; others {sampler}"
+    if cond:
+        told = f"guidance {settings.guidance:g}, {'classes in turn' if labels is not None else 'captions'}"
     metrics["protocol"] = evaluate.protocol(
         len(real),
         n,
         n_floor=0 if run.held_out is None else len(run.held_out.images),
-        sampler=process.sampler
-        if settings.fold_steps is None
-        else f"teacher {process.sampler}, {ways['teacher'][2]} steps; others {process.sampler}",
+        sampler=sampler,
         steps=steps,
         eta=settings.eta,
         ema=settings.ema,
         seed=settings.seed,
-        told=f"guidance {settings.guidance:g}, {'classes in turn' if labels is not None else 'captions'}"
-        if cond
-        else "",
+        told=told,
         classifier=classifier,
     )
     return metrics
@@ -1083,11 +1075,7 @@ def main(argv: list[str] | None = None) -> int:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     try:
         run = prepare(settings)
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-    ) as error:  # what a user gave; anything later is ours and keeps its traceback
+    except (ValueError, OSError, ImportError) as error:  # what a user gave; what comes later keeps its traceback
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     if run.device.type == "cuda":

@@ -4,8 +4,9 @@
     python notebooks/run.py notebooks/01*.ipynb
 
 Outputs are written into the notebooks, without progress bars. Beside those of every code cell stands a hash of the
-source that gave them; tests/test_notebooks.py compares it with the present source. What a run needs later again
-(teachers, students) is kept in notebooks/runs: without that folder all is computed anew.
+source that gave them, and in the notebook's metadata how long it all took and on what; tests/test_notebooks.py compares
+both with what is there and what is said. What a run needs later again (teachers, students) is kept in notebooks/runs:
+without that folder all is computed anew, as `make notebooks` does.
 """
 
 import argparse
@@ -19,6 +20,9 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import evaluate
 
 
 def fingerprint(source: str) -> str:
@@ -55,8 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
             if cell.cell_type == "code":
                 cell.metadata["source_hash"] = fingerprint(cell.source)
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        minutes = round((time.monotonic() - began) / 60, 1)
+        notebook.metadata["executed"] = {"minutes": minutes, **evaluate.machine()}
         nbformat.write(notebook, path)
-        print(f"{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+        print(f"{minutes} minutes", flush=True)
     return 0
 
 

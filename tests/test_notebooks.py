@@ -1,6 +1,7 @@
 """The notebooks run, at reduced size, and what they show came from the code that stands in them, at full size."""
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -59,3 +60,13 @@ def test_a_notebook_opens_with_badge_question_answer_and_minutes(path):
     assert f"/notebooks/{path.name})" in first.source and "colab-badge.svg" in first.source
     assert "**Question.**" in first.source and "**Answer.**" in first.source and " minute" in first.source
     assert second.metadata["tags"] == ["setup"] and 'torch"' not in second.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_minutes_are_those_of_the_committed_run(path):
+    notebook = nbformat.read(path, as_version=4)
+    executed, first = notebook.metadata["executed"], notebook.cells[0].source
+    (readme,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| [{path.stem}]")]
+    minutes = int(re.search(r"About (\d+) minutes?", first)[1])
+    assert readme.split(" | ")[2] == str(minutes) and f"on {executed['cores']} CPU cores" in first
+    assert abs(minutes - executed["minutes"]) <= max(1, 0.1 * minutes)
