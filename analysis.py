@@ -6,6 +6,7 @@
     error_maps(student, teacher, process, x0, timesteps)             where in the image, when
     finished(settings)                                               a run of train.py, made or read
     distil(teacher, images, settings, process, losses)               its loop in twenty lines, with any loss
+    committed(name)                                                  the numbers of a run that is kept in benchmarks/
 
 Symbols as in `lift_place`: e_S and e_T are the outputs of student and teacher at one noised input, b0 + b1 e_S the line
 that fits e_T best; B batch, C channels, G groups, S sampling steps, T the number of timesteps that are looked at.
