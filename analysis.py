@@ -206,7 +206,7 @@ def finished(settings: train.Settings) -> dict:
 
 
 def committed(name: str) -> dict:
-    """The metrics.json of a run that is kept in benchmarks/, where its command and commit stand beside it."""
+    """The metrics.json of a run that is kept in benchmarks/; its command and commit stand in README.md or docs/."""
     return json.loads((Path(__file__).parent / "benchmarks" / name / "metrics.json").read_text("utf-8"))
 
 

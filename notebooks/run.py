@@ -4,9 +4,10 @@
     python notebooks/run.py notebooks/01*.ipynb
 
 Outputs are written into the notebooks, without progress bars. Beside those of every code cell stands a hash of the
-source that gave them, and in the notebook's metadata how long it all took and on what; tests/test_notebooks.py compares
-both with what is there and what is said. What a run needs later again (teachers, students) is kept in notebooks/runs:
-without that folder all is computed anew, as `make notebooks` does.
+source that gave them, and in the notebook's metadata how long it all took, on what, and whether from nothing or with
+what an earlier call had kept; tests/test_notebooks.py compares both with what is there and what is said. What a run
+needs later again (teachers, students) is kept in notebooks/runs: without that folder all is computed anew, as
+`make notebooks` does.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("run.py", description="Execute notebooks at full size and record their outputs.")
     parser.add_argument("notebooks", metavar="NOTEBOOK", nargs="*", type=Path, help="[all]")
     os.environ.pop("NOTEBOOK_FAST", None)
+    from_nothing = not (HERE / "runs").exists()
     for path in parser.parse_args(arguments).notebooks or sorted(HERE.glob("*.ipynb")):
         print(f"{path.name}: ", end="", flush=True)
         began = time.monotonic()
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
                 cell.metadata["source_hash"] = fingerprint(cell.source)
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         minutes = round((time.monotonic() - began) / 60, 1)
-        notebook.metadata["executed"] = {"minutes": minutes, **evaluate.machine()}
+        notebook.metadata["executed"] = {"minutes": minutes, "from_nothing": from_nothing, **evaluate.machine()}
         nbformat.write(notebook, path)
         print(f"{minutes} minutes", flush=True)
     return 0

@@ -68,5 +68,9 @@ def test_the_minutes_are_those_of_the_committed_run(path):
     executed, first = notebook.metadata["executed"], notebook.cells[0].source
     (readme,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| [{path.stem}]")]
     minutes = int(re.search(r"About (\d+) minutes?", first)[1])
-    assert readme.split(" | ")[2] == str(minutes) and f"on {executed['cores']} CPU cores" in first
-    assert abs(minutes - executed["minutes"]) <= max(1, 0.1 * minutes)
+    assert f"on {executed['cores']} CPU cores" in first
+    if executed["from_nothing"]:
+        assert readme.split(" | ")[2] == str(minutes)
+        assert abs(minutes - executed["minutes"]) <= max(1, 0.1 * minutes)
+    else:  # what is recorded is too short, so the README has to say where its figure comes from
+        assert readme.split(" | ")[2] == f"{minutes} \\*" and minutes > executed["minutes"]
