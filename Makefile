@@ -7,7 +7,7 @@ demo: .venv/installed
 	.venv/bin/python train.py --kd none out lift place --lambda-feat 0 --steps 1200 --eval-samples 1000 --out runs/demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 notebooks: .venv/installed
 	rm -rf notebooks/runs

@@ -42,11 +42,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["PRESETS", "Distillation", "adaptive", "lift", "place", "schedule"]
-
-RADIX = 2**15  # from this many integers on torch sorts one row by radix on a CPU
 
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
 
@@ -60,7 +57,7 @@ PRESETS: dict[str, dict] = {
 class Distillation(NamedTuple):
     """What `lift` and `place` return: the loss, and everything worth logging. G groups per channel."""
 
-    loss: Tensor  # (), what is added to the objective
+    loss: Tensor  # (), or (B,) for reduction="none": what is added to the objective
     coarse: Tensor  # (), mean over all groups of |b0| + |b1 - 1|   (l2: b0^2 + (b1 - 1)^2)
     fine: Tensor  # (), mean over all elements of (e_T - b0 - b1 e_S)^2, b0 and b1 detached
     weight: Tensor  # (), w in [0, 1], detached
@@ -83,10 +80,12 @@ def place(
 
     Args:
         student: (B, C, *spatial), any number of spatial axes (image, latent, video). N = product of the spatial sizes.
+            Tokens (B, L, D) are to be transposed to (B, D, L).
         teacher: the same shape. It gets no gradient.
         group_size: K, the number of ELEMENTS in a group; must divide N. The paper uses 16.
         norm: "l1" or "l2", the distance of (b0, b1) from (0, 1). The weight w always uses l1.
-        reduction: "mean", or "sum" over one sample and mean over the batch: the same loss times C N.
+        reduction: "mean"; "sum" over one sample and mean over the batch, the same loss times C N; or "none", one loss
+            per sample, whose mean is "mean", for weights that depend on the timestep.
         eps: added to the biased variance of each group, in squared units of the outputs.
         ridge: where a slope that the data cannot determine is drawn to, b1 = (cov + ridge eps) / (var + eps): 1 is the
             identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost about 1.
@@ -95,24 +94,17 @@ def place(
             such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates.
 
     Returns:
-        Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say. It can be derived
-        once, not twice.
+        Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say.
 
     Raises:
-        ValueError: unequal shapes, fewer than three axes, integer inputs, a group size that is below 2 or does not
-            divide N, or an unknown norm or reduction.
+        ValueError: unequal shapes, fewer than three axes, an empty tensor, integer inputs, a group size that is below 2
+            or does not divide N, an unknown norm or reduction, or a weight of more than one element.
     """
-    shape = tuple(student.shape)
-    student, teacher = _check(student, teacher, norm, reduction)  # (B, C, N)
-    n = student.shape[-1]
-    if group_size < 2 or n % group_size:
-        fits = ", ".join(str(k) for k in range(2, n + 1) if n % k == 0) or "none: use more elements"
-        raise ValueError(
-            f"group_size {group_size} does not cut the N = {n} positions, in shape {shape}, "
-            f"into equal groups of at least 2 elements; group sizes that do: {fits}"
-        )
-    order = _order((teacher - student).detach())  # (B, C, N)
-    return _fit(student, teacher, order, group_size, norm, reduction, eps, ridge, weight)
+    student, teacher = flatten(student, teacher, norm, reduction)  # (B, C, N)
+    check_group_size(group_size, student.shape[-1])
+    order = (teacher - student).detach().abs().argsort(-1)  # (B, C, N), sorts as the square does
+    s, t = (x.gather(-1, order).unflatten(-1, (-1, group_size)) for x in (student, teacher))  # (B, C, G, K)
+    return _fit(s, t, norm, reduction, eps, ridge, weight)
 
 
 def lift(
@@ -125,25 +117,59 @@ def lift(
     eps: float = 1e-7,
     ridge: float = 1.0,
     weight: Weight = None,
+    coarse_weight: float = 1.0,
 ) -> Distillation:
     """LIFT: one line for each channel of each sample, or with per="sample" for each sample (paper, Method).
 
     Everything else is as in `place`; b0 and b1 are (B, C, 1), or (B, 1, 1) per sample.
 
+    Args:
+        coarse_weight: multiplies the coarse term. 1 is the paper's equation. The released LIFT multiplies it by its
+            group-size argument (16 or 32) where the sum over N elements would give N: 16 / N or 32 / N is that code.
+
     Raises:
-        ValueError: unequal shapes, fewer than three axes, integer inputs, or an unknown per, norm or reduction.
+        ValueError: as `place`, and an unknown `per`.
     """
-    student, teacher = _check(student, teacher, norm, reduction)  # (B, C, N)
-    if per not in ("channel", "sample"):
-        raise ValueError(f"per must be 'channel' or 'sample', not {per!r}")
-    if per == "sample":
-        student, teacher = student.flatten(1).unsqueeze(1), teacher.flatten(1).unsqueeze(1)  # (B, 1, C N)
-    return _fit(student, teacher, None, student.shape[-1], norm, reduction, eps, ridge, weight)
+    student, teacher = flatten(student, teacher, norm, reduction, per)  # (B, C, N), or (B, 1, C N) per sample
+    return _fit(student.unsqueeze(2), teacher.unsqueeze(2), norm, reduction, eps, ridge, weight, coarse_weight)
+
+
+def _fit(s, t, norm, reduction, eps, ridge, weight, coarse_weight=1.0) -> Distillation:
+    """The least-squares line of t on s in each group of (B, C, G, K), and the loss of all lines."""
+    # With the error e = t - s the fit reads b1 - 1 = cov(s, e) / var(s) and b0 = mean(e) - (b1 - 1) mean(s): the same
+    # line, without the cancellation of two nearly equal numbers when the student is good.
+    e = t.detach() - s  # (B, C, G, K)
+    e_mean, s_mean = e.mean(-1, keepdim=True), s.mean(-1, keepdim=True)  # (B, C, G, 1)
+    cov = ((s - s_mean) * (e - e_mean)).mean(-1, keepdim=True)  # (B, C, G, 1)
+    var = (s - s_mean).square().mean(-1, keepdim=True)  # (B, C, G, 1)
+    slope = (cov + (ridge - 1) * eps) / (var + eps)  # (B, C, G, 1), b1 - 1
+    b0 = e_mean - slope * s_mean  # (B, C, G, 1)
+
+    residual = e - b0.detach() - slope.detach() * s  # (B, C, G, K), t - b0 - b1 s
+    fine = residual.square().mean((1, 2, 3))  # (B,)
+    l1 = (b0.abs() + slope.abs()).mean((1, 2, 3))  # (B,)
+    coarse = l1 if norm == "l1" else (b0.square() + slope.square()).mean((1, 2, 3))  # (B,)
+    w = weigh(l1.mean(), weight)
+    loss = coarse_weight * coarse + w * fine  # (B,)
+    if reduction != "none":
+        loss = loss.mean() * (s[0].numel() if reduction == "sum" else 1)  # C N: what the sum over one sample would be
+    return Distillation(loss, coarse.mean(), fine.mean(), w, b0.squeeze(-1), 1 + slope.squeeze(-1))
 
 
 def adaptive(x: Tensor) -> Tensor:
     """w = 1 - min(1, x) of the coarse l1 mean x: the paper's schedule (Method). x: () -> ()."""
     return 1 - x.clamp(max=1)
+
+
+def weigh(x: Tensor, weight: Weight) -> Tensor:
+    """w (), detached, of the coarse l1 mean x (), as `weight` says; ValueError for one of more than one element."""
+    w = adaptive if weight is None else weight
+    w = torch.as_tensor(w(x.detach()) if callable(w) else w)
+    if w.numel() != 1:
+        raise ValueError(
+            f"weight must be a number or hold one element, not {tuple(w.shape)}: one w for the whole batch"
+        )
+    return w.detach().to(x).reshape(())
 
 
 def schedule(kind: str, step: int, total: int) -> float | None:
@@ -164,90 +190,37 @@ def schedule(kind: str, step: int, total: int) -> float | None:
     return kinds[kind]
 
 
-def _check(student: Tensor, teacher: Tensor, norm: str, reduction: str) -> tuple[Tensor, Tensor]:
+def flatten(student: Tensor, teacher: Tensor, norm: str, reduction: str, per: str = "channel") -> tuple[Tensor, Tensor]:
     """Refuse what cannot be meant; flatten the spatial axes and widen to float32 or more: (B, C, N) each."""
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher must have the same shape (B, C, *spatial), got {shapes}")
     if student.ndim < 3:
         raise ValueError(f"outputs need at least three axes (B, C, *spatial), got {shapes}")
+    if student.numel() == 0:
+        raise ValueError(f"outputs must hold at least one element, got {shapes}")
     if not (student.is_floating_point() and teacher.is_floating_point()):
         raise ValueError(f"outputs must be floating point, got {shapes} of {student.dtype} and {teacher.dtype}")
-    if norm not in ("l1", "l2"):
-        raise ValueError(f"norm must be 'l1' or 'l2', not {norm!r}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    words = {
+        "norm": (norm, "l1", "l2"),
+        "reduction": (reduction, "mean", "sum", "none"),
+        "per": (per, "channel", "sample"),
+    }
+    for name, (given, *known) in words.items():
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {given!r}")
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.flatten(2).to(wide), teacher.flatten(2).to(wide)
+    student, teacher = student.flatten(2).to(wide), teacher.flatten(2).to(wide)  # (B, C, N)
+    if per == "sample":
+        return student.flatten(1).unsqueeze(1), teacher.flatten(1).unsqueeze(1)  # (B, 1, C N)
+    return student, teacher
 
 
-def _order(error: Tensor) -> Tensor:
-    """Indices (B, C, N) that sort each channel by |error|, as e^2 does, but nothing overflows. Overwrites `error`."""
-    # floats that are not negative sort as their bits do, and integers sort faster: none of them is NaN
-    key = error.abs_().view(torch.int32 if error.dtype == torch.float32 else torch.int64)  # (B, C, N)
-    if key.device.type != "cpu" or key.dtype == torch.int64 or key.numel() < RADIX:
-        return key.argsort(-1)
-    # one long row of integers is sorted by radix there: join some rows, with the row's number in front of the key
-    n, order = key.shape[-1], torch.empty_like(key, dtype=torch.int64)
-    together = -(-RADIX // n)
-    for rows, out in zip(key.view(-1, n).split(together), order.view(-1, n).split(together), strict=True):
-        row = torch.arange(len(rows))[:, None]  # (rows, 1)
-        out.copy_(((row << 31) + rows).flatten().argsort().view(rows.shape) - n * row)
-    return order
-
-
-def _fit(student, teacher, order, n, norm, reduction, eps, ridge, weight) -> Distillation:
-    """A line for each n consecutive elements of (B, C, N), taken in this order, and the loss of all lines."""
-    b0, slope, fine = _Lines.apply(student, teacher, order, n, eps, ridge)
-    x = (b0.abs() + slope.abs()).mean()
-    coarse = x if norm == "l1" else (b0.square() + slope.square()).mean()
-    if weight is None:
-        weight = adaptive
-    w = weight(x.detach()) if callable(weight) else weight
-    w = w.detach().to(x) if isinstance(w, Tensor) else x.new_full((), w)
-    loss = coarse + w * fine
-    if reduction == "sum":
-        loss = loss * student[0].numel()  # C N: the sum over one sample, as the pixel-space diffusion loss is
-    return Distillation(loss, coarse, fine, w, b0, 1 + slope)
-
-
-class _Lines(torch.autograd.Function):
-    """b0, b1 - 1 (B, C, G) and the fine loss () of all groups; with its derivative by hand, in half the memory.
-
-    With the error e = t - s the fit of t on s reads b1 - 1 = cov(s, e) / var(s) and b0 = mean(e) - (b1 - 1) mean(s):
-    the same line, without the cancellation of two nearly equal numbers when the student is good.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, order, n, eps, ridge):
-        e, s = _grouped(teacher - student, order, n), _grouped(student, order, n)  # (B, C, G, n)
-        e_mean, s_mean = e.mean(-1, keepdim=True), s.mean(-1, keepdim=True)  # (B, C, G, 1)
-        e, s = e.sub_(e_mean), s - s_mean
-        n_var = torch.linalg.vector_norm(s, dim=-1, keepdim=True).square() + n * eps  # (B, C, G, 1)
-        slope = ((s * e).sum(-1, keepdim=True) + (ridge - 1) * n * eps) / n_var  # (B, C, G, 1)
-        residual = e.addcmul_(s, slope, value=-1)  # (B, C, G, n), t - b0 - b1 s
-        fine = torch.linalg.vector_norm(residual, dim=-1).square().mean() / n
-        ctx.save_for_backward(student, teacher, order, e_mean, s_mean, n_var, slope)
-        ctx.n = n
-        return (e_mean - slope * s_mean).squeeze(-1), slope.squeeze(-1), fine
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_b0, grad_slope, grad_fine):
-        student, teacher, order, e_mean, s_mean, n_var, slope = ctx.saved_tensors
-        grad_b0, grad_slope, b1 = grad_b0.unsqueeze(-1), grad_slope.unsqueeze(-1), 1 + slope  # (B, C, G, 1)
-        # With s and e centred: d slope / ds = (e - (b1 + slope) s) / n_var, d b0 / ds = -s_mean d slope / ds - b1 / n,
-        # and with b0 and b1 held fixed d fine / ds = -2 b1 (e - slope s) / (B C N).
-        line = (grad_slope - s_mean * grad_b0) / n_var  # (B, C, G, 1)
-        of_e = line - grad_fine * 2 / student.numel() * b1  # (B, C, G, 1)
-        of_s = -(of_e * slope + line * b1)  # (B, C, G, 1)
-        rest = of_e * e_mean + of_s * s_mean + grad_b0 * b1 / ctx.n  # (B, C, G, 1)
-        e, s = _grouped(teacher - student, order, ctx.n), _grouped(student, order, ctx.n)  # (B, C, G, n)
-        grad = e.mul_(of_e).addcmul_(s, of_s).sub_(rest).flatten(2)  # (B, C, N)
-        grad = grad if order is None else s.flatten(2).scatter_(-1, order, grad)  # back where they came from
-        return grad, None, None, None, None, None
-
-
-def _grouped(x: Tensor, order: Tensor | None, n: int) -> Tensor:
-    """(B, C, N) in this order, and in groups of n: (B, C, G, n)."""
-    return (x if order is None else x.gather(-1, order)).unflatten(-1, (-1, n))
+def check_group_size(group_size: int, n: int) -> None:
+    """ValueError unless n elements can be cut into groups of this size, of at least 2."""
+    if group_size < 2 or n % group_size:
+        fits = ", ".join(str(k) for k in range(2, n + 1) if n % k == 0) or "none: use more elements"
+        raise ValueError(
+            f"group_size {group_size} does not cut the N = {n} positions of a channel "
+            f"into equal groups of at least 2 elements; group sizes that do: {fits}"
+        )

@@ -6,8 +6,7 @@
 Outputs are written into the notebooks, without progress bars. Beside those of every code cell stands a hash of the
 source that gave them, and in the notebook's metadata how long it all took, on what, and whether from nothing or with
 what an earlier call had kept; tests/test_notebooks.py compares both with what is there and what is said. What a run
-needs later again (teachers, students) is kept in notebooks/runs: without that folder all is computed anew, as
-`make notebooks` does.
+needs later again (teachers, students) is kept in notebooks/runs: without that folder all is computed anew.
 """
 
 import argparse
@@ -20,20 +19,15 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from distil import machine
 
-import evaluate
+HERE = Path(__file__).resolve().parent
 
 
 def fingerprint(source: str) -> str:
     """What is recorded of a cell's source."""
     return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
-def needs_record(cell: nbformat.NotebookNode) -> bool:
-    """Code whose outputs have to be those of its source; the set-up cell only finds the modules."""
-    return cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", [])
 
 
 def execute(path: Path, folder: Path, **limits) -> nbformat.NotebookNode:
@@ -60,9 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.metadata["source_hash"] = fingerprint(cell.source)
+                cell.metadata.pop("executed_source", None)
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         minutes = round((time.monotonic() - began) / 60, 1)
-        notebook.metadata["executed"] = {"minutes": minutes, "from_nothing": from_nothing, **evaluate.machine()}
+        notebook.metadata["executed"] = {"minutes": minutes, "from_nothing": from_nothing, **machine.describe()}
         nbformat.write(notebook, path)
         print(f"{minutes} minutes", flush=True)
     return 0

@@ -1,25 +1,30 @@
-"""The U-Net against the published one, pruning against the published sizes, saving, feature taps."""
+"""The U-Net and the DiT against the published ones, pruning against published sizes and choices, saving, loading."""
 
 import copy
 import json
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch_pruning
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusion import DDPM
+from distil import metrics
+from distil.process import Guided
 from models import (
-    Tapped,
+    FILES,
+    DiT,
+    Network,
     UNet,
-    accumulate_gradients,
-    feature_channels,
-    feature_loss,
     load,
+    load_checkpoint,
     prune_channels,
+    prune_depth,
+    regroup,
     timestep_embedding,
+    uniform_blocks,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,12 +38,13 @@ PUBLISHED = {
 }
 TINY = {"image_size": 16, "channels": 32, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}
 SMALL = {**TINY, "image_size": 8, "in_channels": 1, "norm_groups": 8, "attention_resolutions": (4,)}
+SMALL_DIT = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 3, "depth": 6}
 
 
-def on_meta(config: dict) -> UNet:
+def on_meta(config: dict, network: type[Network] = UNet) -> Network:
     """A network of sizes without numbers: the published ones are large, and most tests ask only for sizes."""
     with torch.device("meta"):
-        return UNet(**config)
+        return network(**config)
 
 
 def count(net: nn.Module) -> int:
@@ -46,19 +52,22 @@ def count(net: nn.Module) -> int:
 
 
 def macs(net: UNet) -> int:
-    size = net.config["image_size"]
-    x = torch.zeros(1, net.config["in_channels"], size, size, device="meta")
+    x = torch.zeros(1, *net.shape, device="meta")
     return torch_pruning.utils.count_ops_and_params(net, (x, torch.zeros(1, device="meta")))[0]
 
 
 def sizes(net: UNet) -> dict[str, list[int]]:
-    """{layer: [channels in, channels out]}, for norms [channels, groups]."""
+    """{layer: [channels in, channels out]}, for norms [channels, groups]; as the layers say and as their weights do."""
     found = {}
     for name, layer in net.named_modules():
         if isinstance(layer, nn.GroupNorm):
             found[name] = [layer.num_channels, layer.num_groups]
+            assert layer.weight.shape == layer.bias.shape == (layer.num_channels,)
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             found[name] = list(layer.weight.shape[1::-1])
+            kind = "channels" if isinstance(layer, nn.Conv2d) else "features"
+            assert found[name] == [getattr(layer, f"in_{kind}"), getattr(layer, f"out_{kind}")]
+            assert layer.bias.shape == (found[name][1],)
     return found
 
 
@@ -71,24 +80,33 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.fixture(scope="module")
-def tiny() -> dict:
-    """The golden network: weights, input, output, gradient of the output's sum of squares."""
-    return load_file(GOLDEN / "unet_tiny0.safetensors") | load_file(GOLDEN / "unet_tiny0_up.safetensors")
-
-
-@pytest.fixture
-def tiny_net(tiny: dict) -> UNet:
-    net = UNet(**TINY).eval()
+def golden(name: str) -> tuple[dict, dict]:
+    """Weights, and inputs with outputs, of a golden network."""
+    files = [load_file(path) for path in sorted(GOLDEN.glob(f"{name}*.safetensors"))]
+    found = {key: value for file in files for key, value in file.items()}
     prefix = "state_dict/"
-    net.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tiny.items() if k.startswith(prefix)})
-    return net
+    weights = {key.removeprefix(prefix): found.pop(key).float() for key in list(found) if key.startswith(prefix)}
+    return weights, found
+
+
+def a_small_net() -> UNet:
+    torch.manual_seed(0)
+    return UNet(**SMALL).eval()
 
 
 @pytest.fixture
 def small() -> UNet:
-    torch.manual_seed(0)
-    return UNet(**SMALL).eval()
+    return a_small_net()
+
+
+@lru_cache
+def pruned_once(ratio: float, importance: str, norm_groups: str) -> UNet:
+    return prune_channels(a_small_net(), ratio, importance, norm_groups)
+
+
+def lean(ratio: float = 0.5, importance: str = "magnitude", norm_groups: str = "keep") -> UNet:
+    """The small network, pruned."""
+    return copy.deepcopy(pruned_once(ratio, importance, norm_groups))
 
 
 @pytest.fixture
@@ -97,73 +115,151 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 1, 8, 8, generator=generator), torch.tensor([0, 500, 999])
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_dit() -> DiT:
+    """With random weights everywhere: with adaLN-Zero its blocks would do nothing."""
+    torch.manual_seed(0)
+    net = DiT(**SMALL_DIT)
+    for p in net.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.15)
+    return net.eval()
 
 
-def test_output_and_gradient_equal_the_published_network(tiny, tiny_net):
-    x = tiny["x"].clone().requires_grad_()
-    output = tiny_net(x, tiny["t"])
+@pytest.fixture
+def labelled() -> tuple[torch.Tensor, torch.Tensor, dict]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 2, 4, 4, generator=generator)
+    return x, torch.randint(0, 1000, (5,), generator=generator), {"y": torch.arange(5) % 3}
+
+
+@pytest.fixture(scope="module")
+def tiny_dit() -> tuple[DiT, dict]:
+    weights, numbers = golden("dit_tiny0")
+    net = DiT(**json.loads((GOLDEN / "dit_tiny0.json").read_text())["kwargs"]).eval()
+    table = net.pos_embed.clone()
+    net.load_state_dict(weights)
+    assert torch.equal(net.pos_embed, table)  # the official table of positions
+    return net, numbers
+
+
+# ---- the networks ----------------------------------------------------------------------------------------------------
+
+
+def watch_features(net: Network) -> list:
+    """Fills up, in a forward pass, with [name, shape] of the features in the order in which the layers run."""
+    seen = []
+    for name in net.feature_layers():
+        hook = lambda layer, args, output, name=name: seen.append([name, list(net.feature(output).shape)])  # noqa: E731
+        net.get_submodule(name).register_forward_hook(hook)
+    return seen
+
+
+def test_the_unet_gives_the_published_output_gradient_and_features():
+    weights, numbers = golden("unet_tiny0")
+    net = UNet(**TINY).eval()
+    net.load_state_dict(weights)
+    features, x = watch_features(net), numbers["x"].clone().requires_grad_()
+    output = net(x, numbers["t"])
     (gradient,) = torch.autograd.grad(output.square().sum(), x)
-    assert relative(output, tiny["output"]) < 1e-5
-    assert relative(gradient, tiny["grad_input_of_sum_of_squares"]) < 1e-5
-    assert torch.equal(tiny_net(tiny["x"], tiny["t"].float()), tiny_net(tiny["x"], tiny["t"]))
-
-
-def test_timestep_embedding_of_even_and_odd_dimension(tiny):
+    assert relative(output, numbers["output"]) < 1e-5
+    assert relative(gradient, numbers["grad_input_of_sum_of_squares"]) < 1e-5
+    assert features == CONFIGS["tiny0"]["features"]
+    assert torch.equal(net(numbers["x"], numbers["t"].float()), net(numbers["x"], numbers["t"]))
     for dim, name in ((32, "timestep_embedding"), (33, "timestep_embedding_odd_dim")):
-        torch.testing.assert_close(timestep_embedding(tiny["t"], dim), tiny[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(timestep_embedding(numbers["t"], dim), numbers[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_settings(name):
+@pytest.mark.parametrize(("name", "features"), [("celeba", 41), ("cifar10", 34), ("bedroom", 48)])
+def test_published_unets(name, features):
     net, expected = on_meta(PUBLISHED[name]), CONFIGS[name]
     assert {key: list(value.shape) for key, value in net.state_dict().items()} == expected["state_dict"]
     assert list(net.state_dict()) == list(expected["state_dict"])  # old checkpoints list the weights by position
     assert (count(net), macs(net)) == (expected["params"], expected["macs"])
-    assert len(net.feature_layers()) == {"celeba": 41, "cifar10": 34, "bedroom": 48}[name]
+    assert len(net.feature_layers()) == features
     if expected["features"]:
-        tapped = Tapped(net)
-        x = torch.zeros(1, 3, net.config["image_size"], net.config["image_size"], device="meta")
-        features = tapped(x, torch.zeros(1, device="meta"))[1]
-        assert [[n, list(f.shape)] for n, f in zip(tapped.names, features, strict=True)] == expected["features"]
-        assert feature_channels(net) == [shape[1] for _, shape in expected["features"]]
+        seen = watch_features(net)
+        net(torch.zeros(1, *net.shape, device="meta"), torch.zeros(1, device="meta"))
+        assert seen == expected["features"]
+        assert net.feature_channels(net.feature_layers()) == [shape[1] for _, shape in expected["features"]]
 
 
-def test_config_rebuilds_the_network_and_survives_json(small):
-    for net in (small, prune_channels(small, 0.5, norm_groups="scale")):
-        again = UNet(**json.loads(json.dumps(net.config)))
-        assert again.config == net.config and sizes(again) == sizes(net)
+def test_the_dit_gives_the_official_output_blocks_and_gradient(tiny_dit):
+    net, numbers = copy.deepcopy(tiny_dit[0]), tiny_dit[1]
+    blocks, x = [], numbers["x"].clone().requires_grad_()
+    for block in net.blocks:
+        block.register_forward_hook(lambda layer, args, output: blocks.append(output))
+    output = net(x, numbers["t"], {"y": numbers["y"]})
+    torch.testing.assert_close(output, numbers["output"], rtol=1e-5, atol=1e-5)
+    for i, block in enumerate(blocks):
+        torch.testing.assert_close(block, numbers[f"block_{i}_output"], rtol=1e-5, atol=1e-5)
+    output.square().sum().backward()
+    torch.testing.assert_close(x.grad, numbers["grad_x_of_sum_of_squares"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"norm_groups": 7}, "down.0.block.0.norm1 has 32 channels"),
-        ({"norm_groups": 0}, "0 groups"),
-        ({"norm_groups": {"norm_out": 8}}, "norm_groups: down.0.block.0.norm1"),
-        ({"widths": {"conv_in": 12}}, "has 12 channels"),
-        ({"widths": {"conv_in": 0}}, "at least one channel"),
-        ({"widths": {"conv_inn": 8}}, "conv_inn"),
-        ({"widths": {"down.0.block.0.conv2": 8}}, "down.0.block.0.conv2"),  # follows from the width of the stream
-        ({"image_size": 9}, "halved"),
-        ({"channels": 2}, "channels must be at least 4"),
-        ({"channel_mults": ()}, "positive"),
-        ({"num_res_blocks": 0}, "positive"),
-        ({"dropout": 1.0}, "dropout"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_one_clear_error(change, message):
-    with pytest.raises(ValueError, match=message):
-        on_meta({**SMALL, **change})
+@pytest.mark.parametrize("scale", [1.0, 1.5, 4.0])
+def test_the_guided_dit_gives_the_official_output(tiny_dit, scale):
+    net, numbers = tiny_dit
+    guided = Guided(net, scale, net.no_condition(), net.guided_channels)
+    with torch.no_grad():
+        output = guided(numbers["cfg_x"][:2], numbers["cfg_t"][:2], {"y": numbers["cfg_y"][:2]})
+    torch.testing.assert_close(output, numbers[f"cfg_output_scale_{scale}"][:2], rtol=1e-5, atol=1e-5)
 
 
-def test_inputs_that_do_not_fit_are_one_clear_error(small, batch):
-    x, t = batch
-    for bad in (x[0], x.expand(-1, 3, -1, -1), x[..., :7]):
-        with pytest.raises(ValueError, match=r"x_t must be \(B, 1, H, W\)"):
-            small(bad, t)
-    with pytest.raises(ValueError, match="no condition, but cond holds y"):
-        small(x, t, {"y": t})
+def test_published_dits():
+    expected = json.loads((GOLDEN / "dit_configs.json").read_text())
+    shapes = {name: list(value.shape) for name, value in on_meta({}, DiT).state_dict().items()}
+    assert shapes == expected["shapes"]
+    for depth, parameters in ((28, 675_129_632), (14, 340_457_504), (7, 173_121_440), (4, 101_405_984)):
+        net = on_meta({"depth": depth}, DiT)
+        assert count(net) == expected["sizes"][str(depth)]["params"] == parameters
+        # the official counter takes norms and softmax into account, too: a tenth of a percent
+        assert metrics.macs(net) == pytest.approx(expected["sizes"][str(depth)]["macs"], rel=1e-3)
+
+
+def test_what_the_networks_say_of_themselves(small, small_dit):
+    for net, said in (
+        (small, ("unet", (1, 8, 8), {}, (), 0.0, None, None, False, "channels", [], None)),
+        (small_dit, ("dit", (2, 4, 4), {}, ("y",), 0.1, 2, 3, True, "blocks", list(small_dit.blocks), None)),
+    ):
+        names = "arch shape process conditions condition_dropout guided_channels num_classes predicts_variance pruning"
+        values = [getattr(net, name) for name in names.split()]
+        assert (*values, list(net.blocks), net.source) == said
+        assert net.stages() == list(net.blocks) and net.fit(net.shape) is None
+    assert small.no_condition() is None and DiT(**SMALL_DIT, class_dropout_prob=0.0).no_condition() is None
+    assert small_dit.no_condition()["y"].item() == 3
+    plain = DiT(**SMALL_DIT, learn_sigma=False)
+    assert not plain.predicts_variance and plain.final_layer.linear.out_features == 2 * 4
+    assert (small.attention_macs(), small_dit.attention_macs()) == (0, 6 * 2 * 4**2 * 16)
+    names = small_dit.feature_layers()
+    assert names == [f"blocks.{i}" for i in range(6)] and small_dit.feature_channels(names) == [16] * 6
+
+
+def test_dropout_is_set_everywhere_and_recorded(small, small_dit, batch):
+    small.set_dropout(0.9)
+    assert {layer.p for layer in small.modules() if isinstance(layer, nn.Dropout)} == {0.9} == {small.config["dropout"]}
+    assert not torch.equal(small.train()(*batch), small(*batch))
+    config = dict(small_dit.config)
+    small_dit.set_dropout(0.9)  # it has none
+    assert small_dit.config == config
+
+
+def test_new_weights_are_those_of_a_new_network(small, small_dit, labelled):
+    for net, new in ((small, lambda: UNet(**SMALL)), (lean(), None), (small_dit, lambda: DiT(**SMALL_DIT))):
+        before, again = copy.deepcopy(net), copy.deepcopy(net)
+        for one in (net, again):
+            torch.manual_seed(3)
+            one.reset_parameters()
+        assert same_weights(net, again)
+        weights = [name for name, p in net.named_parameters() if p.ndim > 1 and p.requires_grad]
+        assert not any(torch.equal(net.get_parameter(name), before.get_parameter(name)) for name in weights)
+        if new is not None:
+            for p, fresh in zip(net.parameters(), new().parameters(), strict=True):
+                torch.testing.assert_close(p.std(correction=0), fresh.std(correction=0), rtol=0.5, atol=0.1)
+    assert not small_dit(*labelled).any()  # as adaLN-Zero starts
+    assert torch.equal(small_dit.pos_embed, DiT(**SMALL_DIT).pos_embed)  # a fixed table, which never learns
+    for net in (small_dit.requires_grad_(False).requires_grad_(True), prune_depth(small_dit, 2)):
+        assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["pos_embed"]
 
 
 # ---- pruning ---------------------------------------------------------------------------------------------------------
@@ -173,29 +269,25 @@ def test_inputs_that_do_not_fit_are_one_clear_error(small, batch):
 def test_pruned_sizes_equal_the_published_ones(name, ratio):
     net, expected = on_meta(PUBLISHED[name]), PRUNED[name][ratio]
     student = prune_channels(net, float(ratio), "random")  # the sizes do not depend on the scores
-    assert sizes(student) == dict(zip(PRUNED[name]["layers"], expected["sizes"], strict=True))
+    published = dict(zip(PRUNED[name]["layers"], expected["sizes"], strict=True))
+    assert sizes(student) == published
     assert (count(student), macs(student)) == (expected["params"], expected["macs"])
-
-
-@pytest.mark.parametrize("ratio", ["0.7", "0.9"])
-def test_scale_has_the_published_widths_and_groups_of_several_channels(ratio):
-    net = on_meta(PUBLISHED["celeba"])
-    student = prune_channels(net, float(ratio), "random", norm_groups="scale")
-    assert count(student) == PRUNED["celeba"][ratio]["params"]
-    published = dict(zip(PRUNED["celeba"]["layers"], PRUNED["celeba"][ratio]["sizes"], strict=True))
-    assert {name: size[0] for name, size in sizes(student).items()} == {name: published[name][0] for name in published}
-    for name in net.plan.norms:
-        (full, full_groups), (width, groups) = sizes(net)[name], sizes(student)[name]
-        assert width // groups >= full // full_groups > 1  # the published student at 0.9 has one channel in most groups
+    if (name, ratio) == ("celeba", "0.9"):
+        scaled = prune_channels(net, float(ratio), "random", norm_groups="scale")
+        assert count(scaled) == expected["params"]
+        assert {name: size[0] for name, size in sizes(scaled).items()} == {n: size[0] for n, size in published.items()}
+        for layer in net.norms():
+            (full, full_groups), (width, groups) = sizes(net)[layer], sizes(scaled)[layer]
+            assert width // groups >= full // full_groups > 1  # the published student has one channel in most groups
 
 
 def test_sizes_of_the_digits_demo():
-    demo = {**SMALL, "channels": 64, "attention_resolutions": ()}
-    teacher = on_meta(demo)
+    teacher = on_meta({**SMALL, "channels": 64, "attention_resolutions": ()})
     student = prune_channels(teacher, 0.9, "random")
     assert (count(teacher), count(student)) == (2_594_369, 40_288)
-    assert {student.config["widths"][f"{name}.conv1"] for name in ("down.0.block.0", "up.0.block.1")} == {8}
-    assert {student.config["widths"][f"{name}.conv1"] for name in ("down.1.block.0", "mid.block_1")} == {16}
+    widths = {name: size[1] for name, size in sizes(student).items()}
+    assert {widths[f"{name}.conv1"] for name in ("down.0.block.0", "up.0.block.1")} == {8}
+    assert {widths[f"{name}.conv1"] for name in ("down.1.block.0", "mid.block_1")} == {16}
 
 
 def inflate(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -210,23 +302,19 @@ def inflate(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return weight
 
 
-def test_magnitude_removes_exactly_the_channels_that_nobody_reads(batch):
+def test_magnitude_removes_exactly_the_channels_that_nobody_reads(small, batch):
     # every weight is +-0.1, so all channels are written with the same norm and only the reading decides
-    torch.manual_seed(0)
-    big = UNet(**SMALL).eval()
-    lean = prune_channels(big, 0.5, "random").eval()
-    for name, p in lean.named_parameters():
+    half = lean(0.5, "random")
+    for name, p in half.named_parameters():
         p.data = torch.randn_like(p).sign() * 0.1 if p.ndim > 1 else torch.rand_like(p)
         if name.endswith((".q.weight", ".k.weight", ".q.bias", ".k.bias")):
             p.data.mul_(0.01)  # nearly uniform attention: its scale depends on the width, its result then hardly does
-    shapes = {name: p.shape for name, p in big.state_dict().items()}
-    big.load_state_dict({name: inflate(p, shapes[name]) for name, p in lean.state_dict().items()})
-
-    pruned = prune_channels(big, 0.5)
-    assert pruned.config == lean.config
-    assert same_weights(pruned, lean)
+    shapes = {name: p.shape for name, p in small.state_dict().items()}
+    small.load_state_dict({name: inflate(p, shapes[name]) for name, p in half.state_dict().items()})
+    pruned = prune_channels(small, 0.5)
+    assert pruned.config == half.config and same_weights(pruned, half)
     # a group of pairs has the mean and variance of its halves, so nothing is lost
-    assert relative(pruned(*batch), big(*batch)) < 1e-4
+    assert relative(pruned(*batch), small(*batch)) < 1e-4
 
 
 def test_magnitude_keeps_the_largest_of_each_norm_group(small):
@@ -237,86 +325,6 @@ def test_magnitude_keeps_the_largest_of_each_norm_group(small):
     block.conv1.bias.data.copy_(torch.arange(32))
     pruned = prune_channels(small, 0.5)
     assert pruned.get_submodule("down.0.block.0.conv1").bias.tolist() == large.tolist()
-
-
-@pytest.mark.parametrize("norm_groups", ["keep", "scale"])
-def test_prune_returns_an_independent_plain_network(small, batch, norm_groups):
-    small.requires_grad_(False)  # as a teacher is
-    before, config = copy.deepcopy(small), copy.deepcopy(small.config)
-    with torch.no_grad():
-        student = prune_channels(small, 0.5, norm_groups=norm_groups)
-    assert type(student) is UNet and not student.training
-    assert all(p.requires_grad for p in student.parameters())
-    student(*batch).square().sum().backward()
-    with torch.no_grad():
-        for p in student.parameters():
-            p.zero_()
-    assert same_weights(small, before) and small.config == config and sizes(small) == sizes(before)
-    assert not any(module._forward_hooks for module in small.modules())
-    assert prune_channels(small.train().double(), 0.5).training
-    assert prune_channels(small.bfloat16(), 0.5).conv_in.weight.dtype == torch.bfloat16
-
-
-def test_scale_differs_from_keep_in_the_config_only(small):
-    keep, scale = prune_channels(small, 0.75), prune_channels(small, 0.75, norm_groups="scale")
-    assert same_weights(keep, scale)
-    assert {**keep.config, "norm_groups": 0} == {**scale.config, "norm_groups": 0}
-    assert keep.norm_out.num_groups == keep.norm_out.num_channels == 8  # instance norm
-    assert scale.norm_out.num_channels // scale.norm_out.num_groups == 4  # as before pruning
-
-
-@pytest.mark.parametrize("first", ["keep", "scale"])
-@pytest.mark.parametrize("second", ["keep", "scale"])
-def test_a_pruned_network_can_be_pruned_again(small, batch, first, second):
-    once = prune_channels(small, 0.5, norm_groups=first)
-    twice = prune_channels(once, 0.5, norm_groups=second)
-    assert count(twice) < 0.5 * count(once)
-    assert set(twice.state_dict()) == set(small.state_dict())  # no layer comes or goes
-    assert twice(*batch).isfinite().all()
-    if first == second == "keep":
-        assert sizes(twice)["norm_out"] == [8, 8]
-    if first == second == "scale":
-        assert sizes(twice)["norm_out"] == [8, 2]
-
-
-def test_groups_that_a_new_width_cannot_keep_become_fewer(batch):
-    groups = {**dict.fromkeys(on_meta(SMALL).plan.norms, 8), "up.0.block.0.norm1": 12}  # sees 64 + 32 channels
-    student = prune_channels(UNet(**{**SMALL, "norm_groups": groups}), 0.7)
-    assert sizes(student)["up.0.block.0.norm1"] == [19 + 16, 7]
-    assert student(*batch).isfinite().all()
-
-
-def test_extreme_ratio_leaves_one_channel_in_each_group(small, batch):
-    student = prune_channels(small, 0.999)
-    assert sizes(student)["mid.attn_1.q"][1] == 1 and sizes(student)["norm_out"] == [8, 8]
-    assert student(*batch).isfinite().all()
-
-
-def test_ratio_zero_is_an_equal_copy(small, batch):
-    twin = prune_channels(small, 0)
-    assert twin is not small and same_weights(twin, small) and torch.equal(twin(*batch), small(*batch))
-    assert UNet(**twin.config).plan.full == small.plan.full and not twin.config["widths"]
-
-
-def test_random_importance_depends_on_the_seed_alone(small):
-    state = torch.get_rng_state()
-    one, again, other = (prune_channels(small, 0.5, "random", seed=seed) for seed in (1, 1, 2))
-    assert same_weights(one, again) and not same_weights(one, other)
-    assert torch.equal(state, torch.get_rng_state())  # and leaves the global one alone
-
-
-def test_importance_may_be_a_function_of_the_group_that_sees_gradients(small, batch):
-    small(*batch).square().mean().backward()
-    seen = []
-
-    def last_channels(group):
-        seen.append(group[0].dep.target.module.weight.grad is not None)
-        return torch.arange(len(group[0].idxs))
-
-    student = prune_channels(small, 0.5, last_channels)
-    assert seen and all(seen)
-    kept = torch.arange(32).view(8, 4)[:, 2:].flatten()
-    assert torch.equal(student.conv_in.bias, small.conv_in.bias[kept])
 
 
 def numbers(shape: torch.Size, seed: int) -> torch.Tensor:
@@ -335,111 +343,186 @@ def test_taylor_keeps_the_channels_that_the_published_pruner_keeps(ratio):
             layer.bias.data = torch.arange(len(layer.bias)).float()  # tells afterwards which channels stayed
     student = prune_channels(net, float(ratio), "taylor")
     assert {name: student.get_submodule(name).bias.tolist() for name in TAYLOR[ratio]} == TAYLOR[ratio]
-
-
-def test_accumulated_gradients_are_the_sum_over_timesteps(batch):
-    torch.manual_seed(0)
-    net = UNet(**{**SMALL, "dropout": 0.5}).train().requires_grad_(False)  # a teacher, whatever its mode
-    net.conv_in.weight.grad = torch.ones_like(net.conv_in.weight)  # of something else
-    x0, noise, process = batch[0], torch.randn(3, 1, 8, 8), DDPM()
-    with torch.no_grad():
-        assert accumulate_gradients(net, process, x0, noise, timesteps=[0, 10, 990], progress=False) == 3
-    assert net.training and not any(p.requires_grad for p in net.parameters())
-
-    twin = copy.deepcopy(net).eval().requires_grad_(True)
-    total = 0
-    for t in (0, 10, 990):
-        a = process.alpha_bar[t]
-        prediction = twin(a.sqrt() * x0 + (1 - a).sqrt() * noise, torch.full((3,), t))
-        total = total + (noise - prediction).square().sum(dim=(1, 2, 3)).mean()
-    for p, expected in zip(net.parameters(), torch.autograd.grad(total, twin.parameters()), strict=True):
-        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-4)
-    first = prune_channels(net, 0.5, "taylor")
-    assert not same_weights(first, prune_channels(net, 0.5, "magnitude"))
-    assert first(*batch).isfinite().all() and all(p.grad is None for p in first.parameters())
-
-
-class Given(nn.Module):
-    """A network and a process in one, whose loss at timestep t is losses[t] * weight^2."""
-
-    def __init__(self, losses: list[float]):
-        super().__init__()
-        self.losses, self.weight, self.seen = torch.tensor(losses), nn.Parameter(torch.ones(())), []
-
-    def forward(self, x_t, t):
-        self.seen.append(int(t[0]))
-        return self.weight * x_t
-
-    def add_noise(self, x0, noise, t):
-        return self.losses[t].sqrt().view(-1, 1, 1, 1) * x0
-
-    def target(self, x0, noise, t):
-        return torch.zeros_like(x0)
-
-
-@pytest.mark.parametrize(("thr", "summed"), [(0, [0, 1, 2, 3]), (0.3, [0, 1, 2, 3]), (0.5, [0, 1, 2]), (1, [0, 1])])
-def test_accumulation_stops_before_the_first_small_loss(thr, summed, capsys):
-    losses = [2.0, 10.0, 5.0, 4.0]  # 10 is the largest so far from t = 1 on; 5 is not below half of it
-    net = Given(losses)
-    one = torch.ones(2, 1, 1, 1)
-    assert accumulate_gradients(net, net, one, one, thr, range(4)) == len(summed)
-    assert net.weight.grad.item() == pytest.approx(2 * sum(losses[t] for t in summed))
-    assert net.seen == list(range(min(len(summed) + 1, 4)))
-    assert "importance" in capsys.readouterr().err
-
-
-def test_what_gives_no_taylor_importance_is_one_clear_error(small):
-    with pytest.raises(ValueError, match=r'"taylor" needs gradients: call accumulate_gradients\(net, \.\.\.\) first'):
-        prune_channels(small, 0.5, "taylor")
-    one, broken = torch.ones(2, 1, 1, 1), Given([1.0, float("nan")])
-    with pytest.raises(ValueError, match="loss at timestep 1 is nan"):
-        accumulate_gradients(broken, broken, one, one, timesteps=range(2), progress=False)
-    for thr in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="share of the largest loss"):
-            accumulate_gradients(broken, broken, one, one, thr, progress=False)
+    assert all(p.grad is None for p in student.parameters())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"ratio": 1}, r"\[0, 1\)"),
-        ({"ratio": -0.1}, r"\[0, 1\)"),
-        ({"ratio": float("nan")}, r"\[0, 1\)"),
-        ({"ratio": 0.5, "importance": "magnitud"}, '"magnitude", "taylor", "random" or a function'),
-        ({"ratio": 0.5, "norm_groups": "drop"}, '"keep" or "scale"'),
-        ({"ratio": 0.5, "net": nn.Linear(1, 1)}, "not a Linear"),
-    ],
+    ("norm_groups", "training", "dtype"), [("keep", False, torch.float32), ("scale", True, torch.bfloat16)]
 )
-def test_bad_pruning_arguments_are_one_clear_error(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        prune_channels(**{"net": on_meta(SMALL), **arguments})
+def test_prune_returns_an_independent_plain_network(small, batch, norm_groups, training, dtype):
+    small.requires_grad_(False).to(dtype).train(training)  # as a teacher is
+    small.process = {"fold": 5}
+    before, config = copy.deepcopy(small), copy.deepcopy(small.config)
+    with torch.no_grad():
+        student = prune_channels(small, 0.5, norm_groups=norm_groups)
+    assert type(student) is UNet and student.training == training and student.process == {"fold": 5}
+    assert all(p.requires_grad and p.dtype == dtype for p in student.parameters())
+    student(batch[0].to(dtype), batch[1]).square().sum().backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.zero_()
+    assert same_weights(small, before) and small.config == config and sizes(small) == sizes(before)
+    assert not any(module._forward_hooks for module in small.modules())
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------
+def test_scale_differs_from_keep_in_the_config_only():
+    keep, scale = lean(0.75), lean(0.75, norm_groups="scale")
+    assert same_weights(keep, scale)
+    assert {**keep.config, "norm_groups": 0} == {**scale.config, "norm_groups": 0}
+    assert keep.norm_out.num_groups == keep.norm_out.num_channels == 8  # instance norm
+    assert scale.norm_out.num_channels // scale.norm_out.num_groups == 4  # as before pruning
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "groups"), [("keep", "keep", 8), ("keep", "scale", 4), ("scale", "scale", 2)]
+)
+def test_a_pruned_network_can_be_pruned_again(small, batch, first, second, groups):
+    once = lean(norm_groups=first)
+    twice = prune_channels(once, 0.5, norm_groups=second)
+    assert count(twice) < 0.5 * count(once)
+    assert set(twice.state_dict()) == set(small.state_dict())  # no layer comes or goes
+    assert twice(*batch).isfinite().all() and sizes(twice)["norm_out"] == [8, groups]
+
+
+def test_groups_that_a_new_width_cannot_keep_become_fewer(batch):
+    groups = {**dict.fromkeys(on_meta(SMALL).norms(), 8), "up.0.block.0.norm1": 12}  # sees 64 + 32 channels
+    student = prune_channels(UNet(**{**SMALL, "norm_groups": groups}), 0.7)
+    assert sizes(student)["up.0.block.0.norm1"] == [19 + 16, 7]
+    assert student(*batch).isfinite().all()
+
+
+def test_the_ends_of_the_ratio(small, batch):
+    least, all_of_it = prune_channels(small, 0.999), prune_channels(small, 0)
+    assert sizes(least)["mid.attn_1.q"][1] == 1 and sizes(least)["norm_out"] == [8, 8]  # one channel in each group
+    assert least(*batch).isfinite().all()
+    assert all_of_it is not small and same_weights(all_of_it, small) and all_of_it.config == small.config
+    assert torch.equal(all_of_it(*batch), small(*batch))
+
+
+def test_random_importance_depends_on_the_seed_alone(small):
+    state = torch.get_rng_state()
+    again, other = (prune_channels(small, 0.5, "random", seed=seed) for seed in (0, 2))
+    assert same_weights(lean(0.5, "random"), again) and not same_weights(again, other)
+    assert torch.equal(state, torch.get_rng_state())  # and leaves the global one alone
+
+
+def test_importance_may_be_a_function_of_the_group_that_sees_gradients(small, batch):
+    small(*batch).square().mean().backward()
+    seen = []
+
+    def last_channels(group):
+        seen.append(group[0].dep.target.module.weight.grad is not None)
+        return torch.arange(len(group[0].idxs))
+
+    student = prune_channels(small, 0.5, last_channels)
+    assert seen and all(seen)
+    kept = torch.arange(32).view(8, 4)[:, 2:].flatten()
+    assert torch.equal(student.conv_in.bias, small.conv_in.bias[kept])
+
+
+def test_regroup_keeps_the_weights_and_changes_the_function(batch):
+    student = lean(0.7)  # two or more channels a group
+    student.process = {"fold": 5}
+    wide = regroup(student, 3)
+    assert same_weights(wide, student) and wide.process == {"fold": 5} and not wide.training
+    assert {**wide.config, "norm_groups": 0} == {**student.config, "norm_groups": 0}
+    own = {name: norm.num_channels // norm.num_groups for name, norm in wide.norms().items()}
+    assert own["mid.block_1.norm1"] == 3 and own["norm_out"] == 4  # of 24 and 16 channels: 3 does not divide 16
+    assert not torch.allclose(wide(*batch), student(*batch), atol=1e-3)
+    for norm in student.norms().values():
+        norm.num_groups = norm.num_channels // {16: 4, 24: 3, 32: 4, 40: 4, 48: 3}[norm.num_channels]
+    assert torch.equal(wide(*batch), student(*batch))
+    assert {norm.num_groups for norm in regroup(student, 1000).norms().values()} == {1}
+    with torch.no_grad():
+        wide.conv_in.weight.zero_()
+    assert student.conv_in.weight.any()
+    assert regroup(on_meta(PUBLISHED["celeba"]), 4).norm_out.num_groups == 32
+
+
+# ---- depth pruning ---------------------------------------------------------------------------------------------------
+
+
+def test_a_shallower_network_is_independent_and_survives_saving(small_dit, labelled, tmp_path):
+    small_dit.process = {"name": "flow"}
+    student = prune_depth(small_dit, [0, 2, 5])
+    hooked = copy.deepcopy(small_dit)  # the teacher with its other blocks switched off says the same
+    for i in (1, 3, 4):
+        hooked.blocks[i].register_forward_hook(lambda block, args, output: args[0])
+    torch.testing.assert_close(student(*labelled), hooked(*labelled))
+    student.save(tmp_path / "student")
+    loaded = load(tmp_path / "student")
+    assert loaded.config == student.config and loaded.config["depth"] == 3
+    assert loaded.process == student.process == {"name": "flow"}
+    assert torch.equal(loaded(*labelled), student(*labelled))
+    before = small_dit(*labelled)
+    nn.init.zeros_(student.blocks[0].attn.qkv.weight)
+    assert torch.equal(small_dit(*labelled), before)
+
+
+def test_evenly_spaced_blocks():
+    # the scheme that TinyFusion calls oracle
+    assert uniform_blocks(28, 14) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]
+    assert uniform_blocks(6, 6) == list(range(6)) and uniform_blocks(6, 1) == [0]
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
 
 
 def test_saved_networks_come_back_bit_for_bit(small, batch, tmp_path):
-    for net in (small, prune_channels(small, 0.6), prune_channels(small, 0.6, norm_groups="scale")):
-        net.save(tmp_path / "deep" / "net")  # also over an older one
-        again = load(tmp_path / "deep" / "net")
-        assert again.config == net.config and same_weights(again, net) and not again.training
-        assert torch.equal(again(*batch), net(*batch))
-        assert sorted(file.name for file in (tmp_path / "deep" / "net").iterdir()) == [
-            "config.json",
-            "model.safetensors",
-        ]
-    assert json.loads((tmp_path / "deep" / "net" / "config.json").read_text())["class"] == "UNet"
+    folder = tmp_path / "deep" / "net"
+    for net in (small, lean(0.75), lean(0.75, norm_groups="scale")):
+        for process in ({}, {"name": "sd", "fold": 5}):
+            net.process = process
+            net.save(folder)  # also over an older one
+            again = load(folder)
+            assert again.config == net.config and same_weights(again, net) and not again.training
+            assert again.process == process and sizes(again) == sizes(net)
+            assert torch.equal(again(*batch), net(*batch)) and again.requires_grad_()
+            assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((folder / "config.json").read_text())["class"] == "UNet"
 
 
-def test_a_save_that_fails_leaves_the_older_network_whole(small, tmp_path, monkeypatch):
+def test_folders_of_older_versions_load(batch, tmp_path):
+    """Their config.json also has the widths of a pruned network, and the timesteps of a folded one."""
+    student = lean(0.75)
+    student.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    widths = {name: size[1] for name, size in sizes(student).items() if name.endswith(("conv1", "conv_in", ".q"))}
+    for fold, process in ((None, {}), (5, {"fold": 5})):
+        old = {**config, "widths": widths, "fold_steps": fold}
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        again = load(tmp_path)
+        assert again.process == process and again.config == student.config
+        assert same_weights(again, student) and torch.equal(again(*batch), student(*batch))
+        again.save(tmp_path / "new")
+        assert load(tmp_path / "new").process == process
+
+
+def test_a_pruned_network_takes_a_checkpoint_of_its_own_shapes_only(small, tmp_path):
+    student, other = lean(), lean(0.5, "random")
+    torch.save(other.state_dict(), tmp_path / "student.pt")
+    load_checkpoint(student, tmp_path / "student.pt")
+    assert same_weights(student, other)
+    torch.save(small.state_dict(), tmp_path / "teacher.pt")
+    with pytest.raises(
+        ValueError, match=r"UNet\(.*: temb\.dense\.0\.weight is \(64, 32\) by the config, but \(128, 32\)"
+    ):
+        load_checkpoint(student, tmp_path / "teacher.pt")
+
+
+def test_a_save_that_fails_leaves_the_older_network_whole_and_a_cut_file_is_refused(small, tmp_path, monkeypatch):
     small.save(tmp_path)
     monkeypatch.setattr("models.json.dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prune_channels(small, 0.5).save(tmp_path)
+        lean().save(tmp_path)
     assert same_weights(load(tmp_path), small)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(tmp_path)
 
 
-def test_what_cannot_be_loaded_says_why(small, tmp_path):
+def test_folders_without_a_network_say_what_is_missing(small, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors and no config\.json$"):
         load(tmp_path / "nowhere")
     small.save(tmp_path / "student")
@@ -449,120 +532,85 @@ def test_what_cannot_be_loaded_says_why(small, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors; networks in it: student$"):
         load(tmp_path)
 
-    folder = tmp_path / "student"
-    weights, config = (folder / "model.safetensors").read_bytes(), json.loads((folder / "config.json").read_text())
-    for broken, message in (
-        ("{", "cannot be loaded"),
-        ("[]", 'must have a "class", one of: UNet'),
-        (json.dumps({**config, "class": "VNet"}), 'must have a "class", one of: UNet'),
-        (json.dumps({**config, "colour": 1}), "colour"),
-        (json.dumps({**config, "norm_groups": 7}), "cannot be split into 7 groups"),
-        (
-            json.dumps({**config, "channels": 64}),
-            r"temb\.dense\.0\.weight is \(256, 64\) by the config, but \(128, 32\)",
-        ),
-        (json.dumps({**config, "num_res_blocks": 2}), "absent in the weights"),
-    ):
-        (folder / "config.json").write_text(broken)
-        with pytest.raises(ValueError, match=message):
-            load(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(weights[:1000])
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
-        load(folder)
+
+BLOCK = "down.0.block.0."
+DAMAGED = [  # another config.json or other settings in it, weights of other shapes (None: absent), what is said
+    ("{", {}, ""),
+    ("[]", {}, 'must have a "class", one of: UNet'),
+    ({"class": "VNet"}, {}, 'must have a "class", one of: UNet'),
+    ({"colour": 1}, {}, "colour"),
+    ({"norm_groups": 7}, {}, "cannot be split into 7 groups"),
+    ({"num_res_blocks": 2}, {}, "."),
+    ({"class": "DiT"}, {}, "."),
+    ({}, {"conv_in.bias": None}, r"conv_in\.bias is \(32,\) by the config, but absent in the weights"),
+    ({}, {"mid.attn_1.q.weight": None}, r"mid\.attn_1\.q\.weight is .* but absent in the weights"),
+    ({}, {"logits.weight": (4, 4)}, r"logits\.weight is absent by the config, but \(4, 4\) in the weights"),
+    ({}, {"conv_in.weight": (24, 1, 3, 3), "conv_in.bias": (24,)}, "shapes of the weights do not fit together"),
+    ({}, {f"{BLOCK}conv1.weight": (32, 24, 3, 3)}, "shapes of the weights do not fit together"),
+    ({}, {f"{BLOCK}temb_proj.weight": (32, 100)}, "shapes of the weights do not fit together"),
+    ({}, {f"{BLOCK}norm2.weight": (24,), f"{BLOCK}norm2.bias": (24,)}, "shapes of the weights do not fit together"),
+    ({}, {f"{BLOCK}norm2.weight": (20,), f"{BLOCK}norm2.bias": (20,)}, "20 channels, they cannot be split"),
+    ({}, {"conv_out.weight": (3, 32, 3, 3), "conv_out.bias": (3,)}, "give 3 channels, the config 1"),
+    ({}, {"conv_in.weight": (32, 3, 3, 3)}, r"x_t must be \(B, 3, H, W\)"),
+    ({}, {f"{BLOCK}conv1.bias": (24,)}, f"{BLOCK}conv1"),
+    ({}, {f"{BLOCK}conv1.weight": (32,)}, f"{BLOCK}conv1"),
+    ({}, {"conv_in.weight": (32, 1, 1, 1)}, "conv_in"),  # the image would grow
+    ({}, {"temb.dense.0.weight": (128, 24)}, "temb"),  # another embedding of the timestep
+]
 
 
-# ---- features --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("settings", "shapes", "message"), DAMAGED, ids=[row[-1] for row in DAMAGED])
+def test_damaged_folders_are_one_clear_error(settings, shapes, message, small, tmp_path):
+    small.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights |= {name: torch.zeros(shape or ()) for name, shape in shapes.items()}
+    save_file({name: x for name, x in weights.items() if shapes.get(name, ()) is not None}, tmp_path / FILES[0])
+    (tmp_path / FILES[1]).write_text(settings if isinstance(settings, str) else json.dumps({**config, **settings}))
+    with pytest.raises(ValueError, match=f"cannot be loaded: .*{message}"):
+        load(tmp_path)
 
 
-def test_features_run_in_the_published_order(tiny, tiny_net):
-    tapped = Tapped(tiny_net)
-    output, features = tapped(tiny["x"], tiny["t"])
-    assert torch.equal(output, tiny_net(tiny["x"], tiny["t"]))
-    shapes = [[name, list(f.shape)] for name, f in zip(tapped.names, features, strict=True)]
-    assert shapes == CONFIGS["tiny0"]["features"]
-    order = []  # as the layers really run
-    for name in tapped.names:
-        tiny_net.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
-    tiny_net(tiny["x"], tiny["t"])
-    assert order == tapped.names
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_features_follow_the_names_that_were_asked_for(small, batch):
-    names = small.feature_layers()
-    features = Tapped(small)(*batch)[1]
-    backwards = Tapped(small, names[::-1])(*batch)[1]
-    assert all(torch.equal(a, b) for a, b in zip(features, backwards[::-1], strict=True))
-    with pytest.raises(AttributeError, match="nothing"):
-        Tapped(small, ["mid.nothing"])
+A_UNET, A_DIT = partial(UNet, **SMALL), partial(DiT, **SMALL_DIT)
+ON_META, X, T = on_meta(SMALL), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+PRUNE = partial(prune_channels, ON_META)
+REFUSED = [
+    (partial(A_UNET, norm_groups=7), "down.0.block.0.norm1 has 32 channels, they cannot be split into 7 groups"),
+    (partial(A_UNET, norm_groups=0), "0 groups"),
+    (partial(A_UNET, norm_groups={"norm_out": 8}), "norm_groups: down.0.block.0.norm1"),
+    (partial(A_UNET, norm_groups={"norm_outt": 8}), "norm_groups names norm_outt, but no norm"),
+    (partial(A_UNET, image_size=9), "halved"),
+    (partial(A_UNET, channels=2), "channels must be at least 4"),
+    (partial(A_UNET, channel_mults=()), "positive"),
+    (partial(A_UNET, num_res_blocks=0), "positive"),
+    (partial(A_UNET, dropout=1.0), "dropout"),
+    *[
+        (partial(A_UNET(), bad, T), r"x_t must be \(B, 1, H, W\)")
+        for bad in (X[0], X.expand(-1, 3, -1, -1), X[..., :7])
+    ],
+    (partial(A_UNET(), X, T, {"y": T}), "no condition, but cond holds y"),
+    (partial(A_DIT, input_size=5), "multiples of patch_size"),
+    (partial(A_DIT, hidden_size=18), "multiples"),
+    (partial(A_DIT, depth=0), "positive"),
+    (partial(A_DIT(), torch.zeros(2, 2, 4, 4), T), "needs the classes"),
+    (partial(A_DIT(), torch.zeros(2, 1, 4, 4), T, {"y": T}), "x_t must be"),
+    *[(partial(PRUNE, ratio), r"\[0, 1\)") for ratio in (1, -0.1, float("nan"))],
+    (partial(PRUNE, 0.5, "magnitud"), '"magnitude", "taylor", "random" or a function'),
+    (partial(PRUNE, 0.5, "taylor"), r'"taylor" needs gradients: call accumulate_gradients\(net, \.\.\.\) first'),
+    (partial(PRUNE, 0.5, norm_groups="drop"), '"keep" or "scale"'),
+    (partial(prune_channels, nn.Linear(1, 1), 0.5), "not a Linear"),
+    (partial(regroup, ON_META, 0), "at least 1, not 0"),
+    *[(partial(prune_depth, A_DIT(), keep), "block") for keep in ([], [2, 1], [0, 0], [-1], [6], 0, 7)],
+    (partial(ON_META.fit, (3, 8, 8)), r"takes samples of shape \(1, 8, 8\), not \(3, 8, 8\)"),
+    (ON_META.recompute, "a UNet cannot recompute"),
+]
 
 
-def test_adapters_bring_features_to_the_teacher(small, batch):
-    student = prune_channels(small, 0.5)
-    tapped = Tapped(student, adapters_to=feature_channels(small))
-    theirs = Tapped(small)(*batch)[1]
-    output, ours = tapped(*batch)
-    assert [f.shape for f in ours] == [f.shape for f in theirs]
-    for adapter in tapped.adapters:
-        assert adapter.bias is None and adapter.kernel_size == (1, 1) and adapter.weight.abs().max() <= 0.005
-    assert count(tapped) - count(tapped.net) == count(tapped.adapters) > 0  # an EMA over tapped.net leaves them out
-
-    loss = feature_loss(ours, theirs)
-    assert loss.shape == ()
-    by_hand = sum((a - b).square().sum(dim=(1, 2, 3)).mean() for a, b in zip(ours, theirs, strict=True))
-    torch.testing.assert_close(loss, by_hand)
-    (output.square().sum() + loss).backward()
-    assert all(p.grad is not None for p in tapped.parameters())
-    assert all(p.grad is None for p in small.parameters())  # the teacher is a constant
-    with pytest.raises(ValueError, match="3 widths"):
-        Tapped(student, adapters_to=[8, 8, 8])
-
-
-def test_nothing_stays_behind_after_a_forward(small, batch):
-    tapped, other = Tapped(small), Tapped(small, ["mid.block_1"])
-    assert len(tapped(*batch)[1]) == len(small.feature_layers()) and len(other(*batch)[1]) == 1
-    with pytest.raises(ValueError, match="x_t"):
-        tapped(batch[0][..., :7], batch[1])
-    small(*batch)
-    assert tapped.recorder.outputs is None and other.recorder.outputs is None
-
-
-def test_a_forward_within_a_forward_keeps_the_two_apart(small, batch):
-    tapped, inner = Tapped(small), []
-    expected = tapped(*batch)[1]
-
-    def once_more(*_):
-        handle.remove()
-        inner.append(tapped(batch[0] * 2, batch[1])[1])
-
-    handle = small.mid.attn_1.register_forward_hook(once_more)
-    outer = tapped(*batch)[1]
-    assert all(torch.equal(a, b) for a, b in zip(outer, expected, strict=True))
-    assert len(inner) == 1 and not torch.equal(inner[0][0], expected[0])
-
-
-def test_copies_of_a_tapped_network_are_independent(small, batch):
-    tapped = Tapped(small, adapters_to=feature_channels(small))
-    expected = tapped(*batch)[1]
-    twin, bare = copy.deepcopy(tapped), copy.deepcopy(tapped.net)
-    with torch.no_grad():
-        for p in twin.net.parameters():
-            p.mul_(2)
-    assert not torch.equal(twin(*batch)[1][0], expected[0])
-    assert all(torch.equal(a, b) for a, b in zip(tapped(*batch)[1], expected, strict=True))
-    assert torch.equal(bare(*batch), small(*batch))
-
-
-def test_a_tapped_network_compiles_in_one_graph(batch):
-    net = UNet(8, 1, channels=8, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(8,), norm_groups=4)
-    tapped = Tapped(net, adapters_to=[16] * len(net.feature_layers()))
-    compiled = torch.compile(tapped, backend="eager", fullgraph=True)
-    x, t = batch
-    for scale in (1, 2):  # the second call must not see the first one's features
-        output, features = compiled(scale * x, t)
-        expected, theirs = tapped(scale * x, t)
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(features, theirs)
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)

@@ -1,61 +1,148 @@
-"""The README keeps its word: its code runs, its commands parse, its tables are those of the committed runs."""
+"""The front page and the docs keep their word: code runs, commands parse, numbers are those of the committed runs."""
 
+import argparse
+import ast
+import importlib
 import json
 import re
 import shlex
+import shutil
 import statistics
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
 
-import evaluate
-import train
+from distil import evaluate, settings
+from models import UNet
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for line in re.findall(r"(?:^|`)((?:python|torchrun) [^`\n]*)", PAGES, re.MULTILINE)
-    if "train.py" in line
-]
-TABLES = re.findall(r"<!-- evaluate\.py (\S+) -->\n(.*?)\n\n", PAGES, re.DOTALL)
+README = ROOT / "README.md"
+PAGES = {page: page.read_text("utf-8") for page in [README, *sorted((ROOT / "docs").glob("*.md"))]}
+EVERYTHING = "\n".join(PAGES.values())
+
+# ---- Code and commands -----------------------------------------------------------------------------------------------
 
 
-def test_the_python_code_of_the_readme_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert "coarse" in capsys.readouterr().out
+def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = {"channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
+    UNet(8, in_channels=1, **small).save("runs/demo/student/place-0")  # what `make demo` leaves behind
+    first, second = re.findall(r"```python\n(.*?)```", PAGES[README], re.DOTALL)
+    exec(compile(first, "README.md", "exec"), {})
+    assert re.fullmatch(r"coarse [\d.]+  fine [\d.]+  w [\d.]+  slope -?[\d.]+\n", capsys.readouterr().out)
+    names = {}
+    exec(compile(second, "README.md", "exec"), names)
+    assert names["images"].shape == (16, 1, 8, 8)
+    assert names["images"].dtype.itemsize == 1
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_the_commands_of_the_readme_are_understood(command):
-    arguments = command[command.index("train.py") + 1 :]
-    if arguments not in (["--help"], ["--list-presets"]):
-        train.parse(arguments)
+def commands() -> list[str]:
+    """Every command line of the pages that starts python or torchrun, in a block or between backticks."""
+    return sorted(set(re.findall(r"(?:^|`)((?:python|torchrun) (?!-c)[^`\n]*)", EVERYTHING, re.MULTILINE)))
 
 
-@pytest.mark.parametrize(("folder", "shown"), TABLES, ids=[folder for folder, _ in TABLES])
-def test_the_tables_of_the_readme_are_those_of_the_committed_runs(folder, shown, capsys):
+class UnderstoodError(Exception):
+    """A command line was read to its end without a complaint."""
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_pages_is_understood(command, monkeypatch):
+    words = [word for word in shlex.split(command, comments=True) if word not in ("...", "--")]
+    program = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("distil."))
+    arguments = words[program + 1 :]
+    if words[program] == "train.py" and arguments in (["--help"], ["--list-presets"]):
+        with pytest.raises(SystemExit, match="0"):
+            settings.parse(arguments)
+        return
+    if words[program] == "train.py":
+        settings.parse(arguments)
+        return
+    module = importlib.import_module(words[program].removesuffix(".py").replace("/", "."))
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *given):
+        parse(parser, *given)
+        raise UnderstoodError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(UnderstoodError):
+        module.main(arguments)
+
+
+def test_what_make_is_asked_for_is_in_the_makefile():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    asked = set(re.findall(r"(?:^|`)make (\w+)", EVERYTHING, re.MULTILINE))
+    assert {"demo", "test"} <= asked <= set(targets)
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def evaluated(folder: str, capsys) -> str:
+    """The table that the command prints of a committed run."""
     assert evaluate.main([str(ROOT / folder)]) == 0
-    table = capsys.readouterr().out.split("\n\n")[0]
-    assert shown == table
+    return capsys.readouterr().out.split("\n\n")[0]
 
 
-def test_the_files_and_pictures_that_the_readme_names_exist():
-    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"^\| `([\w./]+(?:\.py|/))` \|", README, re.MULTILINE)
-    assert len(TABLES) >= 2 and "benchmarks/" in named
-    assert [name for name in named if not (ROOT / name).exists()] == []
+def cells(table: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table by the names of its columns."""
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+TABLES = re.findall(r"<!-- evaluate (\S+) -->\n(.*?)\n\n", EVERYTHING, re.DOTALL)
+
+
+@pytest.mark.parametrize(("folder", "shown"), TABLES)
+def test_a_table_is_that_of_the_committed_run(folder, shown, capsys):
+    whole = evaluated(folder, capsys)
+    columns = cells(shown)[0]
+    if len(columns) == len(cells(whole)[0]):
+        assert shown == whole
+    assert cells(shown) == [{name: row[name] for name in columns} for row in cells(whole)]
+
+
+def test_the_front_page_has_one_table_of_results_with_four_columns():
+    ((folder, shown),) = re.findall(r"<!-- evaluate (\S+) -->\n(.*?)\n\n", PAGES[README], re.DOTALL)
+    assert folder == "benchmarks/digits8-keep"
+    assert list(cells(shown)[0]) == ["method", "Frechet px", "Frechet digits", "MSE to teacher"]
+
+
+def test_the_numbers_between_the_tables_are_means_of_committed_runs(capsys):
+    section = re.search(r"^## What the loss buys.*?(?=^## )", PAGES[README], re.DOTALL | re.MULTILINE)[0]
+    means = set()
+    for name in ("digits8-keep", "digits16-keep", "digits16-scale"):
+        for row in cells(evaluated(f"benchmarks/{name}", capsys)):
+            means |= {row[column].split()[0] for column in ("Frechet px", "Frechet digits")}
+    shown = re.findall(r"\d+\.\d+", section)
+    assert len(shown) >= 8
+    assert set(shown) <= means
+
+
+def test_the_demo_gives_the_numbers_that_the_front_page_expects():
+    run = json.loads((ROOT / "benchmarks/digits8-demo/metrics.json").read_text("utf-8"))
+    found = {student["method"]: f"{student['frechet_pixels']:.1f}" for student in run["students"]}
+    found["teacher"] = f"{run['teacher']['frechet_pixels']:.1f}"
+    sentence = re.search(r"Expect a Frechet distance in the pixels \(`Frechet px`\)(.*?)\.\n", PAGES[README], re.DOTALL)
+    assert dict(re.findall(r"`?(\w+)`?\s+([\d.]+\d)", sentence[1])) == found
+    recipe = re.search(r"^demo:.*?\n\t\S+ train\.py (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    asked = settings.plain(settings.parse(shlex.split(recipe)))
+    free = settings.FREE | {"device"}
+    assert {name: value for name, value in run["settings"].items() if name not in free} == {
+        name: value for name, value in asked.items() if name not in free and name in run["settings"]
+    }
 
 
 def test_the_table_of_the_folds_is_that_of_the_committed_runs():
     runs = {
         path.parent.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/fold").glob("*/metrics.json")
     }
-    page = (ROOT / "docs/fold.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| (.* ± .*) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (.* ± .*) \|$", PAGES[ROOT / "docs/fold.md"], re.MULTILINE)
     assert [int(steps) for steps, _ in rows] == [125, 25, 10, 5]
     for steps, shown in rows:
         seeds = [runs[f"{steps}-seed{seed}"] for seed in range(3)]
@@ -67,3 +154,135 @@ def test_the_table_of_the_folds_is_that_of_the_committed_runs():
         assert all(len(column) == 3 for column in values)
         expected = [f"{statistics.fmean(column):.2f} ± {statistics.stdev(column):.2f}" for column in values]
         assert shown.split(" | ") == expected
+
+
+# ---- Files and links -------------------------------------------------------------------------------------------------
+
+
+def test_the_front_page_is_short():
+    assert len(PAGES[README].splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    text = PAGES[page]
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    folders = "distil|notebooks|benchmarks|docs|tests"
+    paths = re.findall(rf"`((?:{folders})/[\w./-]*|[a-z_]+\.py|requirements\S*\.txt)`", text)
+    missing = [name for name in links if not (page.parent / name).exists()]
+    missing += [name for name in paths if not (ROOT / name).exists() and name != "notebooks/runs"]
+    assert missing == []
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+    assert "OWNER" not in text
+
+
+def test_the_front_page_names_every_file_of_the_package():
+    named = set(re.findall(r"`distil/(\w+\.py)`", PAGES[README]))
+    assert named == {file.name for file in (ROOT / "distil").glob("*.py")} - {"__init__.py"}
+
+
+# ---- The package -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The folder of an environment's packages that holds the wheel of this project, as pip would unpack it."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for file in [*ROOT.glob("*.py"), *(ROOT / name for name in ("README.md", "LICENSE", "pyproject.toml"))]:
+        shutil.copy(file, source)
+    for folder in ("distil", "docs"):
+        shutil.copytree(ROOT / folder, source / folder)
+    build = "from setuptools import build_meta; build_meta.build_wheel('built')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next((source / "built").glob("*.whl"))) as archive:
+        archive.extractall(site)
+    return site
+
+
+def distribution(site: Path) -> PathDistribution:
+    return PathDistribution(next(site.glob("*.dist-info")))
+
+
+def requirement(line: str) -> tuple[str, frozenset[str]]:
+    """ "torch-pruning>=1.6,<2" -> its name and its limits."""
+    name, limits = re.match(r"([\w-]+)\s*(.*)", line).groups()
+    return name.lower().replace("_", "-"), frozenset(limits.replace(" ", "").split(","))
+
+
+def requirements(site: Path) -> dict[str, set[tuple[str, frozenset[str]]]]:
+    """What the wheel needs, by extra; "" without any."""
+    found = {}
+    for line in distribution(site).requires:
+        needed, _, extra = line.partition(";")
+        extra = re.sub(r".*== [\"'](\w+)[\"']", r"\1", extra).strip()
+        found.setdefault(extra, set()).add(requirement(needed.strip()))
+    return found
+
+
+def test_the_wheel_is_the_loss_alone_and_hides_no_module_of_its_user(wheel, tmp_path):
+    (info,) = wheel.glob("*.dist-info")
+    assert {path.name for path in wheel.iterdir()} == {"lift_place.py", info.name}
+    assert distribution(wheel).metadata["License-Expression"] == "MIT"
+    assert requirements(wheel)[""] == {requirement("torch>=2.6")}
+    (tmp_path / "models").mkdir()
+    for name in ("models/__init__.py", "data.py", "diffusion.py", "train.py"):
+        (tmp_path / name).write_text("MINE = True\n")
+    (tmp_path / "mine.py").write_text(
+        "import torch, data, diffusion, lift_place, models, train\n"
+        "from lift_place import place\n"
+        "assert models.MINE and data.MINE and diffusion.MINE and train.MINE\n"
+        "same = torch.randn(2, 3, 8, 8)\n"
+        "print(lift_place.__file__, place(same, same).loss.item())\n"
+    )
+    run = [sys.executable, "mine.py"]
+    out = subprocess.run(run, cwd=tmp_path, env={"PYTHONPATH": str(wheel)}, check=True, capture_output=True, text=True)
+    assert out.stdout.split() == [str(wheel / "lift_place.py"), "0.0"]
+
+
+def test_requirements_txt_is_the_sum_of_the_extras(wheel):
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    listed = [requirement(line) for line in lines if line]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set().union(*requirements(wheel).values())
+
+
+def test_the_extras_that_the_pages_name_exist(wheel):
+    named = set(",".join(re.findall(r"\.\[([\w,]+)\]", EVERYTHING)).split(","))
+    assert named
+    assert named <= set(requirements(wheel))
+
+
+# the names that packages have for pip, where these are not those of their modules
+PACKAGES = {"PIL": "pillow", "cleanfid": "clean-fid", "sklearn": "scikit-learn", "torch_pruning": "torch-pruning"}
+CHOSEN_BY_THE_USER = {"tensorboard", "wandb"}  # --log, which says what to install
+
+
+def imported(file: Path, *, everywhere: bool) -> set[str]:
+    """The packages that a file imports: at its top, or everywhere and by `machine.library` too."""
+    tree = ast.parse(file.read_text("utf-8"))
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+        elif isinstance(node, ast.Call) and everywhere and getattr(node.func, "attr", "") == "library":
+            found |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+    ours = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]} | {path.name for path in ROOT.iterdir()}
+    names = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names) - ours - CHOSEN_BY_THE_USER
+    return {PACKAGES.get(name, name) for name in names}
+
+
+def test_the_extras_cover_what_is_imported(wheel):
+    known = {extra: {name for name, _ in needed} for extra, needed in requirements(wheel).items()}
+    assert imported(ROOT / "lift_place.py", everywhere=True) == known[""] == {"torch"}
+    code = [ROOT / "models.py", ROOT / "train.py", *(ROOT / "distil").glob("*.py")]
+    whole = {name.replace("_", "-") for file in code for name in imported(file, everywhere=True)}
+    at_start = {name.replace("_", "-") for file in code for name in imported(file, everywhere=False)}
+    assert at_start <= known[""] | known["train"]
+    assert whole <= set().union(*known.values()) - known["dev"]
+    others = [file for folder in ("notebooks", "benchmarks", "tests") for file in (ROOT / folder).glob("*.py")]
+    rest = {name.replace("_", "-") for file in others for name in imported(file, everywhere=True)}
+    assert rest <= set().union(*known.values())

@@ -1,151 +1,321 @@
-"""Stable Diffusion from captioned images to students: encode, distil, resume, sample, and back into diffusers.
+"""Stable Diffusion: the networks of diffusers behind our call, students, and the whole way of a user.
 
-The pipelines are tiny and random, and otherwise real: written by diffusers, with tokenizers, text encoders and a VAE.
+That way goes from captioned images over latents and students back into a pipeline of diffusers (conftest.py).
 """
 
 import contextlib
-import csv
-import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FAMILIES, LETTERS, refused
 from PIL import Image
 
-import data
-import evaluate
-import foreign
-import train
-from foreign import MMDiT, TextEncoder, TextUNet, load
+from distil import data, metrics, sample
+from distil import latents as latent_space
+from distil.settings import SD_STUDENTS, parse
+from distil.students import Tapped
+from distil.teachers import load
+from distil.text_to_image import MMDiT, TextEncoder, TextUNet, Vae, bk_sdm
+from models import UNet, prune_depth
 
 diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+train = pytest.importorskip("train")
 
 ROOT = Path(__file__).parents[1]
-CAPTIONS = ["a", "ab", "a b", "c", "cab", "b a c", "bb", "ca"]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-FAMILIES = ("sd", "mmdit")
+SD1 = {
+    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}  # fmt: skip
+SD21 = SD1 | {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
+SD3 = {
+    "sample_size": 128, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+    "pos_embed_max_size": 192, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+}  # fmt: skip
+TINY_UNET = {
+    "sample_size": 8, "block_out_channels": (8, 16, 16, 16), "attention_head_dim": (1, 2, 2, 2),
+    "cross_attention_dim": 12, "norm_num_groups": 4,
+}  # fmt: skip
+TINY_SD3 = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10,
+    "pos_embed_max_size": 8,
+}  # fmt: skip
+SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1, 2)}
 
 
-def a_tokenizer(folder: Path):
-    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+def shaken(net):
+    """`net` with all weights moved: fresh norms and biases are 1 and 0, and could be exchanged unnoticed."""
+    torch.manual_seed(1)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net.eval()
 
 
-def an_encoder(kind, seed=0):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "projection_dim": 12, "max_position_embeddings": 8}
-    tokens = {"vocab_size": 54, "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
-    return kind(transformers.CLIPTextConfig(num_hidden_layers=2, num_attention_heads=2, **sizes, **tokens))
-
-
-def a_vae(**settings):
+def a_unet(**settings) -> TextUNet:
     torch.manual_seed(0)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, layers_per_block=1, **blocks, **settings
-    )
+    return shaken(TextUNet.of({**TINY_UNET, **settings}))
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory) -> dict[str, Path]:
-    """{family: folder of a pipeline}."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    tokenizer = a_tokenizer(folder)
+def an_mmdit(**settings) -> MMDiT:
     torch.manual_seed(0)
-    unet = TextUNet.of(
-        {
-            "sample_size": 8,
-            "block_out_channels": (8, 16, 16, 16),
-            "attention_head_dim": (1, 2, 2, 2),
-            "cross_attention_dim": 16,
-            "norm_num_groups": 4,
-            "use_linear_projection": True,
-        }
-    )
-    scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    diffusers.StableDiffusionPipeline(
-        vae=a_vae(sample_size=64),
-        text_encoder=an_encoder(transformers.CLIPTextModel),
-        tokenizer=tokenizer,
-        unet=unet.net,
-        scheduler=diffusers.DDIMScheduler(**scheduler, steps_offset=1, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "sd")
-    mmdit = MMDiT.of(
-        {
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 4,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 36,
-            "caption_projection_dim": 16,
-            "pooled_projection_dim": 24,
-            "pos_embed_max_size": 8,
-        }
-    )
-    diffusers.StableDiffusion3Pipeline(
-        vae=a_vae(sample_size=64, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=an_encoder(transformers.CLIPTextModelWithProjection),
-        text_encoder_2=an_encoder(transformers.CLIPTextModelWithProjection, 1),
-        text_encoder_3=None,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        tokenizer_3=None,
-        transformer=mmdit.net,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    ).save_pretrained(folder / "mmdit")
-    return {family: folder / family for family in FAMILIES}
+    return shaken(MMDiT.of({**TINY_SD3, **settings}))
 
 
-def an_image(i: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (70 + i, 80, 3), dtype=np.uint8))
+def a_batch(net, b=2):
+    generator = torch.Generator().manual_seed(2)
+    sizes = {"text": (5, 12), "pooled": (10,)}
+    cond = {name: torch.randn(b, *sizes[name], generator=generator) for name in net.conditions}
+    return torch.randn(b, 4, 8, 8, generator=generator), torch.linspace(1, 900, b), cond
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "text"])
-        for i, caption in enumerate(CAPTIONS):
-            an_image(i).save(folder / f"{i}.png")
-            writer.writerow([f"{i}.png", caption])
-    return folder
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-def encode(pipeline: Path, images: Path, out: Path, *more: str) -> int:
-    where = ["--vae", str(pipeline), "--text", str(pipeline), "--data", str(images), "--out", str(out)]
-    return data.main(["encode", *where, "--image-size", "64", "--batch", "3", *more])
+# ---- the call --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def latents(pipelines, images, tmp_path_factory) -> dict[str, Path]:
-    """{family: folder of latents}."""
-    folder = tmp_path_factory.mktemp("latents")
-    assert [encode(pipelines[family], images, folder / family) for family in FAMILIES] == [0, 0]
-    return {family: folder / family for family in FAMILIES}
+def test_the_wrapped_networks_are_diffusers_own():
+    net = a_unet()
+    x, t, cond = a_batch(net)
+    for when in (t, t.long()):
+        assert torch.equal(net(x, when, cond), net.net(x, when, encoder_hidden_states=cond["text"]).sample)
+    net = an_mmdit()
+    x, t, cond = a_batch(net)
+    theirs = net.net(x, cond["text"], cond["pooled"], t).sample
+    assert torch.equal(net(x, t, cond), theirs) and theirs.std() > 0.1
 
 
-STUDENT = {"sd": ["--student", "base"], "mmdit": ["--keep", "0,2"]}
+@pytest.mark.parametrize("make", [a_unet, an_mmdit])
+def test_a_teacher_in_half_precision_takes_and_returns_what_the_loop_has(make):
+    net = make()
+    x, t, cond = a_batch(net)
+    exact = net(x, t, cond)
+    net.settle(torch.float16)
+    assert torch.equal(net(x, t, cond), exact)  # only bfloat16 reaches as far
+    net.settle(torch.bfloat16)
+    half = net(x, t, cond)
+    assert half.dtype == torch.float32 and 0 < (half - exact).square().mean() < 0.01 * exact.square().mean()
 
 
-def command(family: str, pipelines, latents, out: Path, *more: str) -> list[str]:
-    where = ["--data", str(latents[family]), "--teacher", str(pipelines[family]), "--out", str(out)]
-    small = ["--batch-size", "4", "--log-every", "1", "--eval-samples", "0"]
-    return ["--dataset", "latents", "--arch", family, *STUDENT[family], *where, *small, *more]
+@pytest.mark.parametrize("make", [a_unet, an_mmdit])
+def test_gradient_checkpointing_changes_no_gradient(make):
+    net = make().train()
+    x, t, cond = a_batch(net)
+    tapped, gradients = Tapped(net), []
+    for recompute in (False, True):
+        if recompute:
+            net.recompute()
+        prediction, features = tapped(x, t, cond)
+        net.zero_grad()
+        (prediction.square().mean() + sum(f.square().mean() for f in features)).backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert net.net.is_gradient_checkpointing
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- students --------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_sizes_from_the_configs_alone():
+    with torch.device("meta"):
+        for config, full, students in (
+            (SD21, 865_910_724, {"base": 583.5, "small": 485.8, "tiny": 326.8}),
+            (SD1, 859_520_964, {"base": 579.4, "C_small": 425.3, "C_extreme": 142.2}),
+        ):
+            teacher = TextUNet.of(config)
+            assert metrics.parameters(teacher) == full
+            for size, millions in students.items():
+                student = bk_sdm(teacher, size)
+                assert round(metrics.parameters(student) / 1e6, 1) == millions
+                assert next(student.parameters()).is_meta and student.config["sample_size"] == 64
+        assert bk_sdm(TextUNet.of(SD21), "C_small").config["attention_head_dim"] == [4, 8, 16, 16]
+        teacher = MMDiT.of(SD3)
+        assert round(metrics.parameters(teacher) / 1e6) == 2028
+        for keep, millions in (([*range(1, 24, 2)], 1008.6), ([*range(3, 24, 4)], 498.7), ([*range(0, 12, 2)], 498.7)):
+            assert round(metrics.parameters(prune_depth(teacher, keep)) / 1e6, 1) == millions
+
+
+def without(net: TextUNet, size: str) -> TextUNet:
+    """What BK-SDM says a student computes: the teacher's own modules, less those that the paper takes out."""
+    unet = net.net
+    if size == "tiny":
+        del unet.down_blocks[3], unet.up_blocks[0]
+        unet.down_blocks[2].downsamplers = None
+    if size != "base":
+        unet.mid_block = None
+    for stage in (*unet.down_blocks, *unet.up_blocks):
+        del stage.resnets[1]
+        if hasattr(stage, "attentions"):
+            del stage.attentions[1]
+    return net
+
+
+@pytest.mark.parametrize("size", ["base", "small", "tiny"])
+@pytest.mark.parametrize("linear", [True, False], ids=["sd2", "sd1"])
+def test_students_compute_what_the_teacher_does_without_the_removed_layers(size, linear, tmp_path):
+    teacher = a_unet(use_linear_projection=linear)
+    teacher.process = {"name": "sd"}
+    x, t, cond = a_batch(teacher)
+    full = teacher(x, t, cond)
+    student = bk_sdm(teacher, size)
+    assert torch.equal(teacher(x, t, cond), full)  # untouched
+    ours = student(x, t, cond)
+    assert not student.training and all(p.requires_grad for p in student.parameters())
+    assert student.process == teacher.process
+    torch.testing.assert_close(ours, without(teacher, size)(x, t, cond), rtol=1e-5, atol=1e-5)
+    assert (ours - full).abs().max() > 0.1
+    student.save(tmp_path)
+    assert same_weights(load(tmp_path), student)
+    own = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(own(x, t, cond["text"]).sample, ours, rtol=1e-5, atol=1e-5)
+    half = bk_sdm(a_unet().bfloat16().train(), size)
+    assert half.training and next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_narrow_students_keep_all_layers_and_as_many_heads_as_divide(monkeypatch):
+    monkeypatch.setitem(SD_STUDENTS, "C_test", (4, 8, 8, 12))
+    student = bk_sdm(a_unet(attention_head_dim=(1, 2, 2, 5)), "C_test")
+    x, t, cond = a_batch(student)
+    assert student(x, t, cond).shape == x.shape and not student.training
+    assert student.config["attention_head_dim"] == [1, 2, 2, 4] and student.config["layers_per_block"] == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"qk_norm": "rms_norm"}, SD35], ids=["sd3", "qk-norm", "sd3.5"])
+def test_any_blocks_compute_what_diffusers_computes_when_it_skips_the_others(settings, tmp_path):
+    net = an_mmdit(**settings)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    x, t, cond = a_batch(net)
+    for keep in ([0], [3], [0, 2], [1, 3], [0, 1, 2], [0, 1, 2, 3]):
+        skipped = [i for i in range(4) if i not in keep]
+        theirs = net.net(x, cond["text"], cond["pooled"], t, skip_layers=skipped).sample
+        student = prune_depth(net, keep)
+        assert torch.equal(student(x, t, cond), theirs) and not student.training
+        assert [block.context_pre_only for block in student.blocks] == [False] * (len(keep) - 1) + [True]
+        student.save(tmp_path)
+        again = load(tmp_path)
+        assert same_weights(again, student)
+        for p in student.parameters():
+            p.data.zero_()
+    assert again.config["num_layers"] == 4 and all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
+
+
+def test_blocks_can_be_watched_and_switched_off():
+    """What importance.py asks of a network, `block_tokens` and `skip_block`: as if the blocks were not there."""
+    net = an_mmdit()
+    x, t, cond = a_batch(net)
+    on, seen = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1]]), []
+
+    def switch(i):
+        def hook(block, args, kwargs, output):
+            before, after = net.block_tokens(args, kwargs, output)
+            seen.append((before.shape, torch.equal(before, after)))
+            return net.skip_block(on[:, i, None, None], args, kwargs, output)
+
+        return hook
+
+    full, without_two = net(x, t, cond), prune_depth(net, [0, 3])(x, t, cond)
+    hooks = [block.register_forward_hook(switch(i), with_kwargs=True) for i, block in enumerate(net.blocks)]
+    mixed = net(x, t, cond)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(mixed[0], without_two[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1], full[1], rtol=1e-5, atol=1e-5)
+    assert seen == [((2, 16, 16), False)] * 4
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def features_of(net, names=None):
+    x, t, cond = a_batch(net)
+    prediction, features = Tapped(net, names)(x, t, cond)
+    assert torch.equal(prediction, net(x, t, cond))
+    return features
+
+
+def test_features_of_equal_widths_are_the_stages():
+    teacher = a_unet()
+    for size in ("base", "small"):
+        student = bk_sdm(teacher, size)
+        stages = [f"net.{way}_blocks.{i}" for way in ("down", "up") for i in range(4)]
+        assert student.feature_layers(teacher) == teacher.feature_layers(student) == teacher.feature_layers() == stages
+        shapes = [f.shape for f in features_of(student)]
+        assert shapes == [f.shape for f in features_of(teacher)]
+        widths, sizes = (8, 16, 16, 16, 16, 16, 16, 8), (4, 2, 1, 1, 2, 4, 8, 8)
+        assert shapes == [(2, c, s, s) for c, s in zip(widths, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["sd2", "sd1"])
+def test_features_of_fewer_stages_and_of_other_widths(linear, monkeypatch):
+    teacher = a_unet(use_linear_projection=linear)
+    tiny = bk_sdm(teacher, "tiny")
+    mine, theirs = tiny.feature_layers(teacher), teacher.feature_layers(tiny)
+    assert mine[2:] == ["net.down_blocks.2.attentions.0.proj_out", *(f"net.up_blocks.{i}" for i in range(3))]
+    assert theirs[2:] == ["net.down_blocks.2.attentions.1.proj_out", *(f"net.up_blocks.{i}" for i in range(1, 4))]
+    assert mine[:2] == theirs[:2] == ["net.down_blocks.0", "net.down_blocks.1"]
+    ours, others = features_of(tiny, mine), features_of(teacher, theirs)
+    assert [f.shape for f in ours] == [f.shape for f in others]
+
+    monkeypatch.setitem(SD_STUDENTS, "C_test", (4, 8, 8, 8))
+    narrow = bk_sdm(teacher, "C_test")
+    names = narrow.feature_layers(teacher)
+    assert names == teacher.feature_layers(narrow) and len(names) == 9
+    ours, others = features_of(narrow, names), features_of(teacher, names)
+    assert narrow.feature_channels(names) == [f.shape[1] for f in ours]
+    for s, t in zip(ours, others, strict=True):
+        assert 2 * s.shape[1] == t.shape[1] and s.shape[2:] == t.shape[2:]
+
+
+def test_features_of_an_mmdit_are_the_image_tokens_of_its_blocks():
+    net, outputs = an_mmdit(), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+    features = features_of(net)
+    assert [f.shape for f in features] == [(2, 16, 16)] * 4  # 4x4 patches of width 2 * 8; the text has 5 tokens
+    assert all(torch.equal(f, output[1]) for f, output in zip(features, outputs[:4], strict=True))
+    student = prune_depth(net, 2)
+    assert student.feature_layers(net) == ["net.transformer_blocks.0", "net.transformer_blocks.1"]
+    assert student.feature_channels(student.feature_layers()) == [16, 16]
+
+
+# ---- saved networks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [a_unet, an_mmdit])
+def test_networks_come_back_bit_for_bit_from_folders_and_pipelines(make, tmp_path, monkeypatch):
+    net = make()
+    net.save(tmp_path / net.folder)
+    net.net.save_pretrained(tmp_path / "theirs")
+    files = sorted((tmp_path / net.folder).iterdir())
+    assert [file.name for file in files] == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert len({file.stat().st_mode for file in files}) == 1  # as readable as each other
+    assert all(file.read_bytes() == (tmp_path / "theirs" / file.name).read_bytes() for file in files)
+    for folder in (tmp_path, tmp_path / net.folder):
+        again = load(folder)
+        assert type(again) is type(net) and same_weights(again, net) and not again.training
+        assert json.dumps(again.config) == json.dumps(net.config)
+    monkeypatch.setattr(type(net.net), "to_json_file", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the older network stays whole
+        make(sample_size=4).save(tmp_path / net.folder)
+    assert same_weights(load(tmp_path), net) and len(list((tmp_path / net.folder).iterdir())) == 2
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    net = an_mmdit()
+    net.net.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1 and same_weights(load(tmp_path), net)
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
@@ -154,15 +324,14 @@ def command(family: str, pipelines, latents, out: Path, *more: str) -> list[str]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_those_of_the_pipeline(family, pipelines):
     encoder = TextEncoder(pipelines[family])
-    with_others = diffusers.DiffusionPipeline.from_pretrained(
-        pipelines[family], **({} if family == "sd" else {"text_encoder_3": None, "tokenizer_3": None})
-    )
+    none = {} if family == "sd" else {"text_encoder_3": None, "tokenizer_3": None}
+    whole = diffusers.DiffusionPipeline.from_pretrained(pipelines[family], **none)
     prompts = ["a b", "a much longer prompt than fits", ""]
     ours = encoder.encode(prompts)
     if family == "sd":
-        theirs = [with_others.encode_prompt(prompts, "cpu", 1, False)[0]]
+        theirs = [whole.encode_prompt(prompts, "cpu", 1, False)[0]]
     else:
-        text, _, pooled, _ = with_others.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        text, _, pooled, _ = whole.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
         theirs = [text, pooled]
         assert encoder.stored == (8, 32) and encoder.shapes == {"text": (264, 36), "pooled": (24,)}
         assert not text[:, 8:].any() and not text[:, :, 32:].any()  # what is not stored
@@ -181,82 +350,26 @@ def test_embeddings_with_t5_are_those_of_the_pipeline_and_it_can_be_left_out(pip
     text, _, pooled, _ = with_t5.encode_prompt(["a b"], None, None, do_classifier_free_guidance=False)
     ours = TextEncoder(tmp_path)
     assert ours.stored == ours.shapes["text"] == (264, 36) and text[:, 8:].any()
-    found = ours.encode(["a b"])
-    torch.testing.assert_close(found, {"text": text, "pooled": pooled}, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.encode(["a b"]), {"text": text, "pooled": pooled}, rtol=1e-4, atol=1e-4)
     small = TextEncoder(tmp_path, t5=False)
     assert small.stored == (8, 32)
     torch.testing.assert_close(small.encode(["a b"])["text"][:, :8], text[:, :8], rtol=1e-4, atol=1e-4)
     assert small.record["text_fingerprint"] != ours.record["text_fingerprint"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_captions_lie_beside_their_latents(family, pipelines, latents):
-    found, encoder = data.load("latents", latents[family]), TextEncoder(pipelines[family])
-    assert found.shape == (4, 8, 8) and len(found.images) == 8 and found.labels is None
-    rows = np.array([5, 0, 2])
-    for name, value in found.conditions(rows).items():
-        exact = encoder.encode([CAPTIONS[i] for i in rows])[name]
-        assert value.dtype == torch.bfloat16 and torch.equal(value, exact.bfloat16())
-        assert torch.equal(found.no_condition[name], encoder.encode([""])[name][0].bfloat16())
-    pixels, cond = next(data.batches(found, 8, seed=0))
-    index = data.batch_indices(8, 8, 0, 0)
-    assert pixels.shape == (8, 2, 4, 8, 8)
-    assert {name: torch.equal(value, found.conditions(index)[name]) for name, value in cond.items()}
-    assert set(cond) == set(encoder.shapes)
-
-
-def test_a_broken_image_gives_its_place_with_the_caption_of_its_stand_in(pipelines, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_CORRUPT", 0.5)
-    for file in images.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "3.png").write_bytes(b"no image")
-    assert encode(pipelines["sd"], tmp_path, tmp_path / "out") == 0
-    text = data.load("latents", tmp_path / "out").conditions(np.arange(8))["text"]
-    assert torch.equal(text[3], text[4]) and not torch.equal(text[3], text[2])
-
-
-def test_captions_of_every_layout_are_the_same(images, tmp_path):
-    tables, both = tmp_path / "jsonl", data.captioned(images)
-    tables.mkdir()
-    for i in range(len(CAPTIONS)):
-        an_image(i).save(tables / f"{i}.png")
-    rows = [json.dumps({"file_name": f"{i}.png", "text": text, "more": 1}) for i, text in enumerate(CAPTIONS)]
-    (tables / "metadata.jsonl").write_text("\n".join(rows))
-    tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
-    for i, caption in enumerate(CAPTIONS):
-        with tarfile.open(tars[i // 4], "a") as tar:
-            png = io.BytesIO()
-            an_image(i).save(png, "PNG")
-            about = (".json", json.dumps({"caption": caption})) if i % 2 else (".txt", caption + "\n")
-            for suffix, content in ((".png", png.getvalue()), (about[0], about[1].encode())):
-                member = tarfile.TarInfo(f"{i:03d}{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    assert both.captions == CAPTIONS
-    for source in (tables, tmp_path):
-        found = data.captioned(source)
-        assert found.captions == CAPTIONS
-        for name, other in zip(found.files, both.files, strict=True):
-            assert Image.open(found.open(name)).tobytes() == Image.open(both.open(other)).tobytes()
-    assert data.captioned(tars[1]).captions == CAPTIONS[4:]
-
-
-def test_captions_that_cannot_be_read_say_why(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
-        data.captioned(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"has no captions: it needs metadata\.csv or metadata\.jsonl"):
-        data.captioned(tmp_path)
-    for content, message in (
-        ("file_name,caption\n0.png,a\n", "needs file_name and text, but one is .*caption"),
-        ("file_name,text\n0.png,a\n", "names 1 images that are not there, such as 0.png"),
-        ("file_name,text\n", "holds no image with a caption"),
-    ):
-        (tmp_path / "metadata.csv").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            data.captioned(tmp_path)
-
-
 # ---- the whole way ---------------------------------------------------------------------------------------------------
+
+STUDENT = {"sd": ["--student", "base"], "mmdit": ["--keep", "0,2"]}
+
+
+def command(family: str, pipelines, latents, out: Path, *more: str) -> list[str]:
+    where = ["--data", str(latents[family]), "--teacher", str(pipelines[family]), "--out", str(out)]
+    small = ["--batch-size", "4", "--log-every", "1", "--eval-samples", "0", "--device", "cpu"]
+    return ["--dataset", "latents", "--arch", family, *STUDENT[family], *where, *small, *more]
+
+
+def trained(arguments: list[str]) -> int:
+    return train.main(parse(arguments))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,7 +377,7 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     family, pipelines, latents, tmp_path, capsys, monkeypatch
 ):
     run, few = tmp_path / "run", ["--steps", "8", "--batch-size", "8", "--lr", "1e-2", "--save-every", "4"]
-    assert train.main(command(family, pipelines, latents, run, "--kd", "none", "out", "place", *few)) == 0
+    assert trained(command(family, pipelines, latents, run, "--kd", "none", "out", "place", *few)) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = {name: [line["loss"] for line in lines if line["method"] == name] for name in ("none", "out", "place")}
     assert len(lines) == 24 and np.isfinite([*losses.values()]).all() and lines[1]["w"] > 0
@@ -272,40 +385,36 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     assert losses["none"][0] != losses["place"][0]
 
     # the same student alone, killed half-way and resumed
-    keep = train.save_checkpoint
+    save = train.save_checkpoint
 
-    def killed(settings, students, folder, step):
-        keep(settings, students, folder, step)
+    def killed(*arguments) -> None:
+        save(*arguments)
         raise KeyboardInterrupt
 
     alone = command(family, pipelines, latents, tmp_path / "alone", *few)
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.main(alone)
-    assert not (tmp_path / "alone" / "student").exists() and train.main([*alone, "--recompute"]) == 2
-    assert "--recompute was False, is True" in capsys.readouterr().err and train.main(alone) == 0
-    student, again, teacher = (load(where) for where in (run / "student" / "place-0", tmp_path / "alone" / "student",
-                                                         pipelines[family]))  # fmt: skip
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
+            trained(alone)
+    assert "--recompute was False, is True" in refused(trained, [*alone, "--recompute"], capsys)
+    assert not (tmp_path / "alone" / "student").exists() and trained(alone) == 0
+    places = (run / "student" / "place-0", tmp_path / "alone" / "student", pipelines[family])
+    student, again, teacher = (load(place) for place in places)
+    assert same_weights(student, again) and student.config == again.config
 
-    metrics, sizes = (
-        json.loads((run / "metrics.json").read_text()),
-        [evaluate.parameters(x) for x in (student, teacher)],
-    )
-    assert [metrics["students"][1]["parameters"], metrics["teacher"]["parameters"]] == sizes
-    assert 0 < metrics["students"][1]["macs"] < metrics["teacher"]["macs"] and sizes[0] < 0.8 * sizes[1]
+    found, sizes = json.loads((run / "metrics.json").read_text()), [metrics.parameters(x) for x in (student, teacher)]
+    rows = [next(row for row in found["students"] if row["method"] == "place"), found["teacher"]]
+    assert [row["parameters"] for row in rows] == sizes and sizes[0] < 0.8 * sizes[1]
+    assert 0 < rows[0]["macs"] < rows[1]["macs"]
 
     (tmp_path / "prompts.txt").write_text("a b\n\ncab\n")
-    capsys.readouterr()
     more = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "images"), "--sample-steps", "2"]
-    assert evaluate.main([str(tmp_path / "alone"), *more]) == 0
-    assert capsys.readouterr().out.startswith("2 prompts, an image each")
+    assert sample.main([str(tmp_path / "alone"), *more, "--device", "cpu"]) == 0
     a, b = (np.asarray(Image.open(tmp_path / "images" / name / "00001.png")) for name in ("teacher", "alone"))
     assert a.shape == (64, 64, 3) and (a != b).any()
     assert Image.open(tmp_path / "images" / "samples.png").size[0] > 128
 
-    own = getattr(diffusers, student.kind).from_pretrained(run / "student" / "place-0")
+    own = getattr(diffusers, student.source).from_pretrained(run / "student" / "place-0")
     none = {} if family == "sd" else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines[family], **{student.folder: own}, **none)
     image = pipeline("a b", num_inference_steps=2, output_type="np").images
@@ -314,43 +423,23 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     assert f'DiffusionPipeline.from_pretrained("{pipelines[family]}", {student.folder}=student)' in card
 
 
-def test_training_drops_captions_for_teacher_and_students_alike(latents):
-    found = data.load("latents", latents["sd"])
-    settings = train.Settings(dataset="latents", arch="sd", student="base", teacher="x", batch_size=8)
-    net = TextUNet.of({"sample_size": 8, "block_out_channels": (8, 8), "cross_attention_dim": 16, "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 2,
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")})  # fmt: skip
-    null, share = found.no_condition, []
-    process = train.process_named("sd")
-    for dropout in (0.0, 0.5):
-        net.fit(found.shape, null, dropout)
-        for step in range(40):
-            pixels, cond = torch.from_numpy(found.images[np.arange(8)]), found.conditions(np.arange(8))
-            drawn = train.batch(settings, pixels, cond, slice(0, 8), True, process, step, torch.device("cpu"), net)
-            dropped = (drawn.cond["text"] == null["text"]).flatten(1).all(1)
-            assert torch.equal(drawn.cond["text"][~dropped], cond["text"][~dropped])
-            share.append(dropped.float().mean().item())
-    assert sum(share[:40]) == 0 and 0.35 < sum(share[40:]) / 40 < 0.65
-    assert settings.caption_dropout == 0.1  # the preset
-
-
-# ---- several processes -----------------------------------------------------------------------------------------------
-
-
 def test_two_processes_train_as_one(pipelines, latents, tmp_path):
     """By DDP and by FSDP, over gloo: a student as near to that of one process as sums in another order can be."""
-    few = ["--steps", "2", "--device", "cpu", "--lr", "1e-3"]
-    run = lambda name, *how: command("mmdit", pipelines, latents, tmp_path / name, *few, *how)  # noqa: E731
-    assert train.main(run("one")) == 0
+    few = ["--steps", "2", "--lr", "1e-3"]
+
+    def run(name: str, *how: str) -> list[str]:
+        return command("mmdit", pipelines, latents, tmp_path / name, *few, *how)
+
+    assert trained(run("one")) == 0
     with contextlib.ExitStack() as held:  # a port for each of the two runs
         sockets = [held.enter_context(socket.socket()) for _ in range(2)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         ports = [str(each.getsockname()[1]) for each in sockets]
     (tmp_path / "both.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom distil.settings import parse\n"
         f"for port, run in zip({ports}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
-        "    os.environ['MASTER_PORT'] = port\n    assert train.main(run) == 0\n"
+        "    os.environ['MASTER_PORT'] = port\n    assert train.main(parse(run)) == 0\n"
     )
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     both = [
@@ -369,51 +458,97 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
         assert 0 < sum((one[name] - two[name]).norm() for name in one) < 0.02 * moved
 
 
-# ---- what does not fit -----------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_runs_that_cannot_be_say_why(pipelines, latents, tmp_path, capsys):
-    def error(family, *more):
-        assert train.main(command(family, pipelines, latents, tmp_path / "run", *more)) == 2
-        return capsys.readouterr().err
+def make(kind, change, tmp_path):
+    """A saved network of that kind whose config.json, or whose weights, were changed."""
+    kind().save(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors"
+    if isinstance(change, dict):
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    elif change == "cut":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        weights.unlink()
+    return load(tmp_path)
 
-    sd, mmdit = str(pipelines["sd"]), str(pipelines["mmdit"])
-    assert "needs --teacher, a diffusers pipeline" in error("sd", "--teacher", "auto")
-    assert "is a MMDiT, but --arch sd takes a TextUNet" in error("sd", "--teacher", mmdit)
-    assert "was trained for the process sd: use --process sd" in error("sd", "--process", "sd-v")
-    assert "was trained for the process sd3: use --process sd3" in error("mmdit", "--process", "flow")
-    assert "reads embeddings of widths {'text': 36, 'pooled': 24}, but the data has {'text': 16}" in error(
-        "mmdit", "--data", str(latents["sd"])
-    )
-    assert "is not a saved network" in error("sd", "--student", "huge")
-    assert not (tmp_path / "run").exists()
-    assert train.main(["--dataset", "latents", "--arch", "sd", "--data", str(latents["sd"]), "--teacher", sd]) == 2
-    assert "needs --student: base, small, tiny" in capsys.readouterr().err
+
+def called(net, **cond):
+    x, t, own = a_batch(net)
+    return net(x, t, {"own": own, "none": None}.get(cond.get("which"), cond))
+
+
+NULL = {"text": torch.zeros(5, 12), "pooled": torch.zeros(10)}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: bk_sdm(a_unet(), "huge"), "huge is no student of BK-SDM, choose from base, small, tiny, C_base"),
+        (lambda p: bk_sdm(bk_sdm(a_unet(), "base"), "base"), "not 4 of 1, middle UNetMidBlock2DCrossAttn"),
+        (lambda p: bk_sdm(an_mmdit(), "base"), "not a MMDiT"),
+        (lambda p: bk_sdm(UNet(8, channels=32, channel_mults=(1,)), "base"), "not a UNet"),
+        (lambda p: prune_depth(an_mmdit(), [1, 4]), "growing numbers from 0 to 3"),
+        (lambda p: called(a_unet(), which="none"), "needs cond with text, but got nothing$"),
+        (lambda p: called(an_mmdit(), y=torch.zeros(2)), "needs cond with text and pooled, but got y$"),
+        (lambda p: an_mmdit().fit((4, 8, 8), {"text": NULL["text"]}), r"'pooled': 10\}, but the data has .*12\}$"),
+        (lambda p: an_mmdit().fit((4, 8, 8)), "but the data has none$"),
+        (lambda p: an_mmdit().fit((3, 8, 8), NULL), "takes 4 channels, height and width multiples of 2"),
+        (lambda p: a_unet().fit((4, 8, 12), {"text": NULL["text"]}), "multiples of 8, not"),
+        (lambda p: an_mmdit().fit((4, 32, 32), NULL), "positions for a height and width of 16 at most"),
+        (lambda p: make(a_unet, "cut", p), "is cut off, damaged"),
+        (lambda p: make(a_unet, "gone", p), r"has a config\.json, but no diffusion_pytorch_model\.safetensors"),
+        (lambda p: make(a_unet, {"mid_block_type": None}, p), "absent by the config"),
+        (lambda p: make(a_unet, {"layers_per_block": 3}, p), "absent in the weights"),
+        (lambda p: make(a_unet, {"cross_attention_dim": 20}, p), r"\(8, 20\) by the config, but \(8, 12\)"),
+        (lambda p: Vae("nowhere"), "--vae nowhere is neither a folder nor a Hugging Face id such as owner/name"),
+        (lambda p: Vae("owner/name"), "--vae owner/name cannot be loaded: "),
+        (Vae, "cannot be loaded: .*config.json"),
+        (TextEncoder, "has no text encoders that can be read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_sentence(call, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        call(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("sd", ["--teacher", "auto"], "needs --teacher, a diffusers pipeline"),
+        ("sd", ["--teacher", "MMDIT"], "is a MMDiT: it goes with --arch mmdit, not sd"),
+        ("sd", ["--process", "sd-v"], "was trained for the process sd: use --process sd"),
+        ("mmdit", ["--process", "flow"], "was trained for the process sd3: use --process sd3"),
+        ("mmdit", ["--data", "LATENTS"], "of widths {'text': 36, 'pooled': 24}, but the data has {'text': 16}"),
+        ("sd", ["--student", "huge"], "is not a saved network"),
+    ],
+)
+def test_runs_that_cannot_be_say_why(family, more, message, pipelines, latents, tmp_path, capsys):
+    places = {"MMDIT": str(pipelines["mmdit"]), "LATENTS": str(latents["sd"])}
+    arguments = command(family, pipelines, latents, tmp_path / "run", *(places.get(word, word) for word in more))
+    assert message in refused(trained, arguments, capsys) and not (tmp_path / "run").exists()
+
+
+def test_a_run_of_stable_diffusion_needs_the_name_of_a_student(pipelines, latents, capsys):
+    where = ["--data", str(latents["sd"]), "--teacher", str(pipelines["sd"])]
+    err = refused(trained, ["--dataset", "latents", "--arch", "sd", *where], capsys)
+    assert "needs --student: base, small, tiny" in err
 
 
 @pytest.mark.parametrize("missing", ["diffusers", "transformers"])
 def test_without_the_libraries_the_commands_say_what_to_install(
-    missing, pipelines, images, latents, tmp_path, capsys, monkeypatch
+    missing, pipelines, captioned, latents, tmp_path, capsys, monkeypatch
 ):
+    a_unet().save(tmp_path / "theirs")
+    UNet(8, channels=32, channel_mults=(1,)).save(tmp_path / "ours")
     monkeypatch.setitem(sys.modules, missing, None)
-    install = "pip install -r requirements-diffusers.txt\n"
-    assert encode(pipelines["sd"], images, tmp_path / "out") == 2
-    assert capsys.readouterr().err.endswith(install)
+    install = f'needs {missing}: pip install -e ".[sd]"'
+    words = ["--vae", str(pipelines["sd"]), "--text", str(pipelines["sd"]), "--data", str(captioned)]
+    assert refused(latent_space.main, [*words, "--out", str(tmp_path / "out")], capsys).endswith(install)
     if missing == "diffusers":
-        assert train.main(command("sd", pipelines, latents, tmp_path / "run")) == 2
-        assert capsys.readouterr().err.endswith(install)
-        assert evaluate.main([str(pipelines["sd"]), "--prompts", "x", "--out", str(tmp_path / "out")]) == 2
-        assert capsys.readouterr().err.endswith(install)
-    assert data.load("latents", latents["sd"]).shape == (4, 8, 8)
-
-
-def test_evaluation_of_what_cannot_be_sampled_says_why(pipelines, tmp_path, capsys):
-    for more, message in (
-        (["--num", "6", "--dataset", "digits"], "give --prompts FILE, with a prompt a line"),
-        (["--prompts", "p.txt"], "these networks need --teacher"),
-        (["--prompts", str(tmp_path / "empty.txt"), "--teacher", str(pipelines["sd"])], "holds no prompt"),
-    ):
-        (tmp_path / "empty.txt").write_text("\n")
-        assert evaluate.main([str(pipelines["sd"]), "--out", str(tmp_path / "out"), *more]) == 2
-        assert message in capsys.readouterr().err
-    assert foreign.EXPORT.keys() == set(FAMILIES)
+        assert refused(trained, command("sd", pipelines, latents, tmp_path / "run"), capsys).endswith(install)
+        with pytest.raises(ImportError, match=f"{re.escape(install)}$"):
+            load(tmp_path / "theirs")
+    assert isinstance(load(tmp_path / "ours"), UNet) and data.load("latents", latents["sd"]).shape == (4, 8, 8)

@@ -1,715 +1,623 @@
 """The run: what it trains, that it resumes exactly, that it can be split over processes, and what it refuses."""
 
 import contextlib
-import copy
-import importlib.machinery
+import functools
 import json
+import multiprocessing
+import os
 import shutil
 import signal
-import subprocess
+import socket
 import sys
-import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-import data
-import diffusion
-import foreign
 import lift_place
 import models
-import settings
 import train
-from diffusion import DDPM
+from distil import metrics, prepare, report
+from distil.fast_loss import place
+from distil.prepare import Batch, teacher_settings
+from distil.process import DDPM
+from distil.sample import start_noise
+from distil.settings import METHODS, Settings, parse, plain
+from distil.students import Student, feature_loss, masked_feature_loss, mean_feature_loss
 
 ROOT = Path(__file__).parents[1]
 # a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
 TINY = ["--channels", "16", "--teacher-steps", "3", "--prune", "0.5", "--steps", "6",
-        "--batch-size", "8", "--eval-samples", "16", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
+        "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
         "--device", "cpu"]  # fmt: skip
+FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
+SMALL = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """One working directory for the file: the tiny teacher and the digit classifier are trained once."""
+    """One working directory for the file: the tiny teachers and the digit classifier are trained once."""
     return tmp_path_factory.mktemp("workspace")
 
 
 @pytest.fixture(autouse=True)
 def _inside(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr(metrics, "digit_classifier", functools.partial(metrics.digit_classifier, steps=20))
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *TINY, *arguments]
+@pytest.fixture
+def _quick(monkeypatch):
+    """Drawing curves.png and counting operations take longer than training."""
+    monkeypatch.setattr(report, "curves", lambda *_: None)
+    monkeypatch.setattr(metrics, "macs", lambda net: 0)
 
 
 def run(*arguments: str) -> None:
-    assert train.main([*TINY, *arguments]) == 0
+    assert train.main(parse([*TINY, *arguments])) == 0
 
 
-def answered(arguments: list[str]) -> None:
-    """train.py only answers, and ends without a mistake."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments)
-    assert stop.value.code == 0
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path("runs") / folder / "model.safetensors")
 
 
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
+def same(a: str, b: str, tolerance: float = 0.0) -> bool:
+    """Whether the networks in two folders have the same weights."""
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all((one[name] - two[name]).abs().max() <= tolerance for name in one)
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
-    return a.keys() == b.keys() and all((a[name] - b[name]).abs().max() <= tolerance for name in a)
+def log(folder: str) -> list[dict]:
+    return [json.loads(line) for line in Path(f"runs/{folder}/log.jsonl").read_text().splitlines()]
 
 
-def log(folder: str | Path) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+def found(folder: str) -> dict:
+    return json.loads(Path(f"runs/{folder}/metrics.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------ the whole run
+# ---- Other processes -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothing(capsys):
-    arguments = ["--kd", "none", "feat", "place", "--seeds", "0", "1", "--out", "runs/all"]
+@pytest.fixture(scope="module")
+def processes():
+    """start(commands, **options): `in_process` in a process that is forked from one that has loaded torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch._dynamo", "torch_pruning", "sklearn.datasets"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        context.Process(target=int).start()  # starts the server
+    started = []
+
+    def start(commands: list[list[str]], **options) -> multiprocessing.Process:
+        started.append(context.Process(target=in_process, args=(os.getcwd(), commands), kwargs=options))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def in_process(folder: str, commands: list[list[str]], rank: int | None = None, ports=(), kill_at: int = -1) -> None:
+    """These runs of train.py, as one of two processes if it has a rank; SIGKILL before the step `kill_at`."""
+    os.chdir(folder)
+    report.curves, metrics.macs, step = lambda *_: None, lambda net: 0, train.step
+
+    def step_or_die(*given):
+        if given[5] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)  # no chance to tidy up
+        return step(*given)
+
+    train.step = step_or_die
+    for i, arguments in enumerate(commands):
+        if rank is not None:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+            os.environ["MASTER_PORT"] = ports[i]
+        run(*arguments)
+
+
+# ---- The whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothing(capsys, monkeypatch):
+    arguments = ["--kd", "none", "place", "--seeds", "0", "1", "--out", "runs/all", "--eval-samples", "16"]
     run(*arguments)
-    out = Path("runs/all")
-    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples.png", "curves.png", "metrics.json",
-                 "README.md", "student/place-1/README.md", "student/place-1/model.safetensors"):  # fmt: skip
+    out, names = Path("runs/all"), ("place-1/README.md", "place-1/config.json", "none-0/model.safetensors")
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "samples.png", "curves.png", "metrics.json", "README.md",
+                 *(f"student/{name}" for name in names)):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
-    metrics = json.loads((out / "metrics.json").read_text())
-    students = [(student["method"], student["seed"]) for student in metrics["students"]]
-    assert students == [(method, seed) for seed in (0, 1) for method in ("none", "feat", "place")]
-    scores = {
-        "frechet_pixels",
-        "frechet_digits",
-        "precision",
-        "recall",
-        "teacher_mse",
-        "saturated",
-        "parameters",
-        "seconds",
-    }
-    assert all(scores <= student.keys() for student in metrics["students"])
-    assert metrics["students"][0]["parameters"] < metrics["teacher"]["parameters"]
-    first = capsys.readouterr().out
-    assert "| place (n=2)" in first and "FID" not in first
+    rows = found("all")["students"]
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in (0, 1) for m in ("none", "place")]
+    scores = {"frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "parameters"}
+    assert all(scores <= row.keys() and row["seconds"] > 0 for row in rows)
+    assert rows[0]["parameters"] < found("all")["teacher"]["parameters"]
+    assert "| place (n=2)" in (first := capsys.readouterr().out) and "FID" not in first
+    assert first.count("teacher: training one for 3 steps") == 1
 
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
     run(*arguments)
-    again = capsys.readouterr().out
-    assert "finished" in again and "| place (n=2)" in again
+    assert "this run is finished, nothing to train" in (again := capsys.readouterr().out) and "| place (n=2)" in again
     assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
 
-    records = log(out)
+    monkeypatch.setattr(report, "curves", lambda *_: None)  # seen by now, and slow
+    records = log("all")
     run(*arguments, "--sample-steps", "3")  # only the evaluation differs: sampled again, not trained again
-    assert "finished" not in capsys.readouterr().out
-    assert json.loads((out / "metrics.json").read_text())["settings"]["sample_steps"] == 3
-    assert before[out / "checkpoint.pt"] == (out / "checkpoint.pt").stat().st_mtime_ns and log(out) == records
+    assert "finished" not in (text := capsys.readouterr().out) and "teacher: training" not in text
+    assert found("all")["settings"]["sample_steps"] == 3 and log("all") == records
+    assert before[out / "checkpoint.pt"] == (out / "checkpoint.pt").stat().st_mtime_ns
 
-
-def test_the_log_explains_every_student():
-    run("--kd", "none", "lift", "place", "--out", "runs/log", "--eval-samples", "0")
-    records = log("runs/log")
+    # the log explains every student, and the average is what is saved
     assert [r["step"] for r in records if r["student"] == "place-0"] == [0, 2, 4, 5]
     for record in records:
         assert {"loss", "coarse", "fine", "w", "b0", "b1", "mse", "grad_norm", "lr"} <= record.keys()
         assert record["w"] == pytest.approx(1 - min(1, record["coarse"]), abs=1e-6)
+    states = torch.load(out / "checkpoint.pt", weights_only=True)["students"]
+    saved = weights("all/student/place-0")
+    assert all(torch.equal(saved[name], states["place-0"]["ema"][name]) for name in saved)
+    assert not torch.equal(states["none-0"]["ema"]["conv_in.weight"], states["none-0"]["module"]["conv_in.weight"])
+
+    # a student teaches and starts other runs
+    run("--teacher", "runs/all/student/place-0", "--student", "runs/all/student/none-0", "--out", "runs/next")
+    row = found("next")
+    assert row["teacher"]["parameters"] == row["students"][0]["parameters"] == rows[0]["parameters"]
+    assert not same("next/student", "all/student/none-0") and not Path("runs/next/samples.png").exists()
 
 
-def test_the_log_also_goes_to_wandb_when_asked(monkeypatch):
-    lines = []
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = lambda **about: contextlib.nullcontext(
-        types.SimpleNamespace(log=lambda line, step: lines.append((line, step)))
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run(
-        "--kd",
-        "place",
-        "--log",
-        "wandb",
-        "--teacher",
-        "runs/log/student/none-0",
-        "--out",
-        "runs/wandb",
-        "--eval-samples",
-        "0",
-    )
-    assert ({"place-0/w": log("runs/wandb")[-1]["w"]}, 5) in lines
-
-
-def test_a_student_is_saved_as_its_average_and_teaches_and_starts_other_runs():
-    run("--kd", "out", "--out", "runs/first", "--eval-samples", "0")
-    saved = models.load("runs/first/student")
-    checkpoint = torch.load("runs/first/checkpoint.pt", weights_only=True)
-    state = checkpoint["students"]["out-0"]
-    assert same(dict(saved.state_dict()), state["ema"])
-    assert not same(state["ema"], state["module"])
-    run("--kd", "place", "--teacher", "runs/first/student", "--out", "runs/second", "--eval-samples", "0")
-    sizes = json.loads(Path("runs/second/metrics.json").read_text())
-    assert sizes["teacher"]["parameters"] == sum(p.numel() for p in saved.parameters())
-
-
-def test_a_given_student_is_trained_instead_of_a_pruned_one():
-    run("--kd", "out", "--prune", "0.7", "--out", "runs/small", "--eval-samples", "0")
-    run("--kd", "out", "place", "--student", "runs/small/student", "--out", "runs/given", "--eval-samples", "0")
-    small = json.loads(Path("runs/small/metrics.json").read_text())["students"][0]["parameters"]
-    assert {row["parameters"] for row in json.loads(Path("runs/given/metrics.json").read_text())["students"]} == {small}
-    assert not same(weights("runs/given/student/out-0"), weights("runs/small/student"))
-
-
-def test_taylor_pruning_takes_other_channels_than_magnitude():
-    for importance in ("taylor", "magnitude"):
-        run(
-            "--kd",
-            "none",
-            "--importance",
-            importance,
-            "--lr",
-            "1e-12",
-            "--out",
-            f"runs/{importance}",
-            "--eval-samples",
-            "0",
-        )
-    assert not same(weights("runs/taylor/student"), weights("runs/magnitude/student"), tolerance=1e-3)
-
-
-def test_a_folder_of_images_trains_and_is_scored_on_pixels(tmp_path, capsys):
-    from PIL import Image
-
+def test_a_folder_of_images_is_scored_on_pixels(tmp_path, capsys):
     for i, pixels in enumerate(torch.randint(0, 256, (24, 20, 16, 3), dtype=torch.uint8, generator=torch.Generator())):
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
-    run("--data", str(tmp_path), "--image-size", "8", "--channels", "32", "--prune", "0.3", "--out", "runs/folder")
-    metrics = json.loads(Path("runs/folder/metrics.json").read_text())
-    assert metrics["students"][0]["frechet_digits"] is None and metrics["students"][0]["frechet_pixels"] > 0
+    where = ["--data", str(tmp_path), "--image-size", "8", "--channels", "32", "--prune", "0.3", "--out", "runs/folder"]
+    run(*where, "--eval-samples", "16", "--steps", "1", "--teacher-steps", "1")
+    (row,) = found("folder")["students"]
+    assert row["frechet_digits"] is None and row["frechet_pixels"] > 0
     assert "Frechet digits" not in capsys.readouterr().out
 
 
 def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
-    from PIL import Image
-
     monkeypatch.chdir(tmp_path)
     pixels = torch.randint(0, 256, (8, 218, 178, 3), dtype=torch.uint8, generator=torch.Generator())
-    (tmp_path / "files/img_align_celeba").mkdir(parents=True)
+    Path("files/img_align_celeba").mkdir(parents=True)
     for i, image in enumerate(pixels):
-        Image.fromarray(image.numpy()).save(tmp_path / f"files/img_align_celeba/{i:06}.jpg")
+        Image.fromarray(image.numpy()).save(f"files/img_align_celeba/{i:06}.jpg")
     lines = [f"{i:06}.jpg {0 if i < 6 else 2}\n" for i in range(8)]
-    (tmp_path / "files/list_eval_partition.txt").write_text("".join(lines))
-    teacher = models.UNet(64)
-    ema = {f"module.{name}": tensor for name, tensor in teacher.state_dict().items()}
-    torch.save([ema, {}, 0, 0, dict(ema)], "ema.ckpt")
-
-    arguments = ["--data", "files", "--teacher", "ema.ckpt", "--prune", "0.9", "--kd", "place", "--out", "runs/celeba"]
-    assert train.main(["--dataset", "celeba", "--steps", "2", "--batch-size", "4", "--device", "cpu", *arguments]) == 0
-    metrics = json.loads(Path("runs/celeba/metrics.json").read_text())
-    sizes = [(row["parameters"], round(row["macs"] / 1e9, 3)) for row in (metrics["teacher"], metrics["students"][0])]
+    Path("files/list_eval_partition.txt").write_text("".join(lines))
+    ema = {f"module.{name}": tensor for name, tensor in models.UNet(64).state_dict().items()}
+    torch.save([ema, {}, 0, 0, ema], "ema.ckpt")
+    where = ["--dataset", "celeba", "--data", "files", "--teacher", "ema.ckpt", "--out", "runs/celeba"]
+    few = ["--prune", "0.9", "--importance", "random", "--steps", "2", "--batch-size", "1", "--device", "cpu"]
+    assert train.main(parse([*where, *few])) == 0
+    rows = (found("celeba")["teacher"], *found("celeba")["students"])
+    sizes = [(row["parameters"], round(row["macs"] / 1e9, 3)) for row in rows]
     assert sizes == [(78_700_803, 23.923), (1_312_076, 0.768)]
-    assert log("runs/celeba")[-1]["step"] == 1 and 0 < log("runs/celeba")[-1]["mse"] < 10
+    assert log("celeba")[-1]["step"] == 1 and 0 < log("celeba")[-1]["mse"] < 10
 
 
-def test_settings_name_what_the_other_files_hold():
-    assert set(settings.CONSTANTS) == set(lift_place.PRESETS) == set(train.FEATURES)
-    assert set(settings.PROCESSES) == set(diffusion.PROCESSES) and set(settings.ARCHS) == set(train.KINDS)
-    assert {name for name, (kind, _) in diffusion.PROCESSES.items() if kind is diffusion.RectifiedFlow} == {
-        *settings.FLOWS
-    }
-    assert (*foreign.BK_SDM, *foreign.NARROW) == settings.SD_STUDENTS and set(settings.PRECISIONS) == set(train.DTYPES)
-    for dataset, arch in settings.SHARED:
-        assert settings.preset(dataset, 0.5, arch).get("image_size") == data.DATASETS[dataset].image_size
-    assert {dataset for dataset, _ in settings.SHARED} == set(data.DATASETS)
+@pytest.mark.usefixtures("_quick")
+def test_a_flow_is_trained_by_the_same_command(monkeypatch):
+    for library in ("diffusers", "transformers", "accelerate"):  # which nobody needs for this
+        monkeypatch.setitem(sys.modules, library, None)
+    run("--process", "flow", "--importance", "taylor", "--steps", "2", "--out", "runs/flow")
+    teacher = Path(teacher_settings(parse([*TINY, "--process", "flow"])).out)
+    assert json.loads((teacher / "config.json").read_text())["process"] == "flow" and log("flow")[-1]["step"] == 1
 
 
-def test_the_command_line_is_read_without_torch():
-    code = "import sys, settings; settings.parse(['--dry-run'])"
-    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules or 'numpy' in sys.modules)); "
-    done = subprocess.run([sys.executable, "-c", check + code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "False"
-    help_ = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True
-    )
-    assert "Distil a pruned diffusion student" in help_.stdout and "--fold-steps" in help_.stdout
+@pytest.mark.usefixtures("_quick")
+def test_a_student_does_not_depend_on_its_company_and_its_seed_draws_its_dropout():
+    arguments = ["--prune", "0", "--lambda-feat", "0", "--dropout", "0.2", "--steps", "3"]
+    run("--kd", "place", *arguments, "--out", "runs/alone")
+    run("--kd", "none", "place", *arguments, "--seeds", "3", "0", "--out", "runs/together")
+    assert same("alone/student", "together/student/place-0")
+    assert not same("alone/student", "together/student/place-3")  # unpruned: nothing but the dropout differs
 
 
-def test_dry_run_prints_the_resolved_settings_and_writes_nothing(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    answered(["--dry-run", "--kd", "none", "place"])
-    settings = json.loads(capsys.readouterr().out)
-    assert settings["kd"] == ["none", "place"] and settings["steps"] == train.preset("digits", 0.9)["steps"]
-    assert not any(tmp_path.iterdir())
+@pytest.mark.usefixtures("_quick")
+def test_half_precision_keeps_weights_and_losses_in_float32():
+    for precision in ("bf16", "fp32"):
+        run("--precision", precision, "--steps", "2", "--out", f"runs/{precision}")
+    assert all(tensor.dtype == torch.float32 for tensor in weights("bf16/student").values())
+    assert not same("bf16/student", "fp32/student")
+    half, single = log("bf16")[0]["coarse"], log("fp32")[0]["coarse"]
+    assert half == pytest.approx(single, rel=0.05) and half != single
 
 
-@pytest.mark.parametrize(
-    ("dataset", "prune", "steps"),  # the rows of the paper's Table 1
-    [("celeba", 0.5, 200_000), ("celeba", 0.7, 240_000), ("celeba", 0.9, 500_000),
-     ("lsun_bedroom", 0.3, 200_000), ("lsun_bedroom", 0.5, 500_000), ("lsun_bedroom", 0.7, 700_000)],
-)  # fmt: skip
-def test_every_row_of_table_1_is_a_preset(dataset, prune, steps, capsys):
-    answered(["--dataset", dataset, "--prune", str(prune), "--dry-run"])
-    settings = json.loads(capsys.readouterr().out)
-    assert (settings["steps"], settings["importance"], settings["taylor_threshold"]) == (steps, "taylor", 0)
-    assert [settings[f"lambda_{term}"] for term in ("diff", "out", "feat")] == [1, 1, 1e-6]
-    assert (
-        settings["group_size"] == 16 and settings["constants"] == "diff-pruning" and settings["norm_groups"] == "keep"
-    )
-    celeba = dataset == "celeba"
-    expected = (2e-4, 1.0, 0.9999, 0.1) if celeba else (2e-5, 0.0, 0.999, 0.0)
-    assert tuple(settings[name] for name in ("lr", "clip", "ema", "dropout")) == expected
-    assert settings["image_size"] == (64 if celeba else 256) and settings["sample_steps"] == 100
-
-
-def test_a_ratio_between_two_presets_takes_the_next_and_all_are_listed(capsys):
-    assert train.Settings(dataset="celeba", prune=0.6).steps == train.Settings(dataset="celeba", prune=0.7).steps
-    assert train.Settings(dataset="celeba", prune=0.95).steps == train.Settings(dataset="celeba", prune=0.9).steps
-    answered(["--list-presets"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(settings.PRESETS) and "lambda_feat" in lines[0] and "500000" in lines[6]
-
-
-# ------------------------------------------------------------------------------------------------------- the objective
+# ---- The objective ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def outputs():
-    """Student output, target, teacher output (4, 2, 8, 8), and two features each."""
+    """Outputs of student and teacher (4, 4, 8, 8), a batch of (4, 2, 8, 8), two features each."""
     generator = torch.Generator().manual_seed(0)
-    three = [torch.randn(4, 2, 8, 8, generator=generator) for _ in range(3)]
-    features = [[torch.randn(4, 5, side, side, generator=generator) for side in (8, 4)] for _ in range(2)]
-    return three, features
+    student, teacher = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    x0, noise = (torch.randn(4, 2, 8, 8, generator=generator) for _ in range(2))
+    own, theirs = ([torch.randn(4, 16, side, generator=generator) for side in (8, 4)] for _ in range(2))
+    t = torch.tensor([0, 3, 500, 999])
+    return student, teacher, own, theirs, Batch(x0, noise, DDPM().add_noise(x0, noise, t), noise, t, {})
 
 
-@pytest.mark.parametrize("method", train.METHODS)
-def test_the_objective_is_the_papers_sum(method, outputs):
-    (student, target, teacher), (own, theirs) = outputs
-    settings = train.Settings(kd=(method,), lambda_diff=0.5, lambda_out=0.25)
-    distance, features = train.METHODS[method]
-    batch = train.Batch(torch.zeros_like(target), target, torch.zeros(4, dtype=torch.int64), {})
-    own, theirs = (own, theirs) if features else ([], [])
-    loss, parts = train.objective(settings, DDPM(), method, batch, target, student, teacher, own, theirs, None, 2.0)
-
-    def squares(a, b):
-        return (a - b).square().flatten(1).sum(1).mean()
-
-    expected = 0.5 * squares(student, target)
-    if distance == "mse":
-        expected += 0.25 * squares(student, teacher)
-    if distance in ("lift", "place"):
-        expected += 0.25 * getattr(lift_place, distance)(student, teacher, reduction="sum").loss
-    if features:
-        expected += 2.0 * sum(squares(a, b) for a, b in zip(own, theirs, strict=True))
-    torch.testing.assert_close(loss, expected)
-    assert (parts is not None) == (distance in ("lift", "place"))
+PIXELS, FOLDED = {"lambda_feat": 2.0}, {"fold_steps": 1000, "lambda_hidden": 2.0, "sample_steps": 5, "lambda_diff": 0.5}
+TRANSFORMER = {"arch": "dit", "lambda_feat": 2.0, "steps": 1000}
+TEXT = {"dataset": "latents", "arch": "sd", "student": "base", "lambda_feat": 2.0}
+KINDS = {"pixels": PIXELS, "folded": FOLDED, "transformer": TRANSFORMER, "text": TEXT}
 
 
-def test_a_student_does_not_depend_on_its_company():
-    run("--kd", "place", "--dropout", "0.2", "--out", "runs/alone", "--eval-samples", "0")
-    run(
-        "--kd",
-        "none",
-        "feat",
-        "place",
-        "--dropout",
-        "0.2",
-        "--seeds",
-        "3",
-        "0",
-        "--out",
-        "runs/together",
-        "--eval-samples",
-        "0",
-    )
-    assert same(weights("runs/alone/student"), weights("runs/together/student/place-0"))
-    assert not same(weights("runs/alone/student"), weights("runs/together/student/place-3"))
+CASES = [(kind, method) for kind in KINDS for method in METHODS
+         if kind != "folded" or METHODS[method][1] is not None]  # fmt: skip
 
 
-def test_parts_of_a_batch_add_up_to_it():
-    arguments = ["--kd", "out", "feat", "--prune", "0", "--lambda-feat", "1e-3", "--eval-samples", "0"]
-    run(*arguments, "--out", "runs/one-part")
-    run(*arguments, "--accumulate", "3", "--out", "runs/three-parts")  # of 8: 3, 3 and 2
-    for name in ("out-0", "feat-0"):
-        assert same(
-            weights(f"runs/one-part/student/{name}"), weights(f"runs/three-parts/student/{name}"), tolerance=1e-5
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_the_objective_is_the_papers_sum(kind, method, outputs):
+    """Against a plain formula: sums of squares (Diff-Pruning), SFDDM's absolute errors, means and the bound
+    (TinyFusion), means (BK-SDM)."""
+    student, teacher, own, theirs, batch = outputs
+    settings = Settings(**{"kd": (method,), "lambda_diff": 0.5, "lambda_out": 0.25, **KINDS[kind]})
+    variance, process, constants = kind == "transformer", DDPM(), lift_place.PRESETS[settings.constants]
+    if not variance:
+        student, teacher = student[:, :2], teacher[:, :2]
+    e_s, e_t = student[:, :2], teacher[:, :2]
+    total = 2 * 8 * 8 if constants["reduction"] == "sum" else 1
+    assert (total > 1) == (kind in ("pixels", "folded"))
+
+    expected = 0.5 * total * (e_s - batch.target).square().mean()
+    if variance:
+        expected += 0.5 * process.bound(student, batch.x0, batch.x_t, batch.t)
+    if method in ("lift", "place"):
+        loss = functools.partial(lift_place.place, group_size=16) if method == "place" else lift_place.lift
+        expected += (
+            0.25 * loss(e_s, e_t, **{key: value for key, value in constants.items() if key != "group_size"}).loss
         )
+    elif method in ("out", "out+feat"):
+        expected += 0.25 * total * ((e_s - e_t).abs() if kind == "folded" else (e_s - e_t).square()).mean()
+    if variance and method not in ("none", "feat"):
+        expected += 0.25 * process.bound(student, batch.x0, batch.x_t, batch.t, teacher)
+    if kind == "folded" and method != "none":
+        expected += 2.0 * total * (own[-1] - theirs[-1]).abs().mean()
+    elif kind != "folded" and method not in ("none", "out"):
+        kinds = {"pixels": feature_loss, "transformer": masked_feature_loss, "text": mean_feature_loss}
+        expected += 2.0 * kinds[kind](own, theirs)
+    kd = train.resolve(settings, method)
+    loss, parts = train.objective(kd, process, batch, (student, own), (teacher, theirs), None, 0)
+    torch.testing.assert_close(loss, expected)
+    assert (parts is not None) == (method in ("lift", "place")) and kd.name == method
+    alone = train.objective(train.resolve(settings, "none"), process, batch, (student, []), None, None, 0)[0]
+    torch.testing.assert_close(0.5 * train.diffusion_loss(kd, process, batch, student), alone)
 
 
-def test_half_precision_keeps_weights_and_losses_in_float32():
-    run("--kd", "place", "--precision", "bf16", "--out", "runs/half", "--eval-samples", "0")
-    run("--kd", "place", "--out", "runs/single", "--eval-samples", "0")
-    half, single = weights("runs/half/student"), weights("runs/single/student")
-    assert all(tensor.dtype == torch.float32 for tensor in half.values())
-    assert not same(half, single)
-    first = [log(f"runs/{name}")[0] for name in ("half", "single")]
-    assert (
-        first[0]["coarse"] == pytest.approx(first[1]["coarse"], rel=0.05) and first[0]["coarse"] != first[1]["coarse"]
-    )
+def test_constants_may_be_changed():
+    a, b = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for given, constants in (({"group_size": 32}, {"group_size": 32}), ({"norm": "l2"}, {"norm": "l2"})):
+        loss, parts = train.resolve(Settings(**given), "place").output(a, b, 0.3)
+        assert loss == place(a, b, reduction="sum", weight=0.3, **constants).loss and parts.weight == 0.3
 
 
-def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
-    settings = train.Settings(kd=("feat",), lr=1e-2, warmup=0, clip=1e-12, lambda_feat=1.0)
-    teacher = models.UNet(
-        8, 1, channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=8
-    )
-    tapped = models.Tapped(teacher)
-    net = models.prune_channels(teacher, 0.5)
-    student = train.Student(settings, "feat", 0, copy.deepcopy(net), tapped)
-    before = [adapter.weight.clone() for adapter in student.bare.adapters]
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 500])
-    output, features = student.module(x, t)
-    batch = train.Batch(x, x, t, {})
-    loss, _ = train.objective(settings, DDPM(), "feat", batch, x, output, None, features, tapped(x, t)[1], None, 1.0)
-    loss.backward()
-    assert student.update(settings, 0) > 1e-3  # the norm before clipping
-    assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(student.bare.adapters, before, strict=True))
-    assert student.ema.state_dict().keys() == net.state_dict().keys()
-
-
-def test_the_average_warms_up_then_keeps_its_rate():
-    settings = train.Settings(ema=0.5, steps=100)
-    net = models.UNet(8, 1, channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
-    student = train.Student(settings, "none", 0, net, None)
-    expected = student.ema.conv_in.weight.clone()
-    for step in range(20):
-        student.net.conv_in.weight.grad = torch.ones_like(student.net.conv_in.weight)
-        student.update(settings, step)
-        rate = min(0.5, (1 + step) / (10 + step))
-        expected = rate * expected + (1 - rate) * student.net.conv_in.weight.detach()
-    torch.testing.assert_close(student.ema.conv_in.weight, expected)
+def test_the_feature_weight_falls_to_zero_in_a_hundred_stages():
+    at = train.resolve(Settings(arch="dit", steps=1000), "place").lambda_feat
+    values = [at(step) for step in range(1000)]
+    assert values[0] == 1e-2 and values[-1] == 0 and len(set(values)) == 100
+    assert values[500] == pytest.approx(1e-2 * (1 - 50 / 99)) and values == sorted(values, reverse=True)
+    assert {train.resolve(Settings(steps=1000), "place").lambda_feat(step) for step in (0, 999)} == {1e-6}
+    fold = train.resolve(Settings(fold_steps=5, kd=("out",), feat_stages=9, lambda_hidden=3.0), "out")
+    assert {fold.lambda_feat(step) for step in (0, 1499)} == {3.0}
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    settings = train.Settings(steps=100, warmup=9, decay="cosine")
+    settings = Settings(steps=100, warmup=9, decay="cosine")
     rates = [train.lr_factor(settings, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == max(rates) > 0.9 and rates[-1] < 0.001
-    assert train.lr_factor(train.Settings(steps=100, warmup=0, decay="constant"), 99) == 1
-
-
-# --------------------------------------------------------------------------------------------------------- fewer steps
-
-FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
-
-
-@pytest.fixture
-def _no_curves(monkeypatch):
-    """Other tests look at curves.png; drawing it takes longer than training."""
-    monkeypatch.setattr(train.evaluate, "curves", lambda *_: None)
-
-
-@pytest.mark.usefixtures("_no_curves")
-def test_a_fold_of_a_pruned_student_resumes_exactly_and_is_sampled_in_its_own_steps(monkeypatch, capsys):
-    save = train.save_checkpoint
-
-    def save_and_keep(settings, students, folder, step):
-        save(settings, students, folder, step)
-        if folder.name == "fold" and step == 2:
-            Path("runs/fold-went-on").mkdir()
-            shutil.copy(folder / "checkpoint.pt", "runs/fold-went-on/checkpoint.pt")
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_keep)
-    arguments = [*FOLD, "--kd", "out", "place"]
-    run(*arguments, "--out", "runs/fold")
-    run(*arguments, "--out", "runs/fold-went-on", "--eval-samples", "0")
-    assert "resumed at step 2 of 6" in capsys.readouterr().out
-    for name in ("out-0", "place-0"):
-        student = weights(f"runs/fold/student/{name}")
-        assert same(student, weights(f"runs/fold-went-on/student/{name}"))
-    assert log("runs/fold")[-4:] == log("runs/fold-went-on")[-4:]
-
-    metrics = json.loads(Path("runs/fold/metrics.json").read_text())
-    assert [row["method"] for row in metrics["same_steps"]] == ["teacher, 5 steps", "teacher, 5 folded"]
-    assert metrics["teacher"]["teacher_mse"] == 0 < metrics["same_steps"][0]["teacher_mse"]
-    table = train.evaluate.table(train.evaluate.rows(metrics))
-    assert "| place, 5 steps " in table and "| teacher, 5 folded " in table
-    assert "teacher DDIM, 50 steps; others DDIM, 5 steps" in metrics["protocol"]
-    assert Path("runs/fold/interpolations.png").stat().st_size > 0
-
-    saved = models.load("runs/fold/student/place-0")  # knows how to be sampled
-    assert saved.config["fold_steps"] == 5 and train.evaluate.process_of(saved).steps == 5
-    noise = train.evaluate.start_noise(16, (1, 8, 8), 0)
-    x = DDPM().fold(5).sample(saved, noise.shape, 5, noise=noise)
-    teacher = models.load(Path(train.teacher_settings(train.parse(TINY)).out) / "teacher")
-    usual = DDPM().sample(teacher, noise.shape, 50, noise=noise)
-    row = next(row for row in metrics["students"] if row["method"] == "place")
-    assert row["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
-    row, (_, folded) = metrics["same_steps"][0], metrics["same_steps"]
-    x = DDPM().sample(teacher, noise.shape, 5, noise=noise)
-    assert row["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
-    x = DDPM().sample(teacher, noise.shape, [999, 799, 599, 399, 199], noise=noise)
-    assert folded["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
-
-    # a folded student teaches students of as many or fewer steps
-    arguments = ["--kd", "out", "--eval-samples", "0", "--teacher", "runs/fold/student/place-0"]
-    run(*arguments, "--fold-steps", "1", "--sample-steps", "1", "--out", "runs/fold-of-fold")
-    assert models.load("runs/fold-of-fold/student").config["fold_steps"] == 1
-    run(*arguments, "--sample-steps", "5", "--out", "runs/pruned-fold")
-    assert models.load("runs/pruned-fold/student").config["fold_steps"] == 5
-    for fold, words in ((["--fold-steps", "2"], "take a divisor of 5"), ([], "the teacher has 5 timesteps")):
-        assert train.main([*TINY, *fold, *arguments, "--sample-steps", "2" if fold else "6", "--out", "runs/no"]) == 2
-        assert words in capsys.readouterr().err.splitlines()[-1]
-    assert train.main([*TINY, "--student", "runs/fold/student/place-0", "--out", "runs/no"]) == 2
-    assert "use --fold-steps 5" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.usefixtures("_no_curves")
-def test_the_teacher_of_a_fold_sees_its_own_timestep_of_the_same_image(monkeypatch):
-    seen, predict = [], train.predict
-
-    def record(module, x_t, t, cond):
-        seen.append((x_t, t))
-        return predict(module, x_t, t, cond)
-
-    monkeypatch.setattr(train, "predict", record)
-    arguments = ["--fold-steps", "7", "--sample-steps", "7", "--steps", "1", "--eval-samples", "0"]
-    run(*arguments, "--kd", "out", "place", "--out", "runs/times")
-    (x, t), *students = seen
-    assert len(students) == 2  # and one teacher pass for both of them
-    for own_x, own_t in students:
-        assert own_x is x and own_t.max() < 7
-        assert t.tolist() == [[141, 284, 427, 570, 713, 856, 999][i] for i in own_t]
-
-
-def test_the_objective_of_a_fold_is_absolute_errors(outputs):
-    (student, target, teacher), (own, theirs) = outputs
-    batch, process = (
-        train.Batch(torch.zeros_like(target), target, torch.zeros(4, dtype=torch.int64), {}),
-        DDPM().fold(9),
-    )
-    for method, distance in (("out", lambda: (student - teacher).abs().flatten(1).sum(1).mean()),
-                             ("place", lambda: lift_place.place(student, teacher, reduction="sum").loss)):  # fmt: skip
-        settings = train.Settings(kd=(method,), fold_steps=9, lambda_out=0.25, lambda_hidden=2.0)
-
-        def loss(*features, settings=settings, method=method):
-            seen = settings, process, method, batch, target, student, teacher, *features, None, 0.0
-            return train.objective(*seen)[0]
-
-        expected = 0.25 * distance() + 2.0 * (own[0] - theirs[0]).abs().mean() * (2 * 8 * 8)
-        torch.testing.assert_close(loss(own[:1], theirs[:1]), expected)  # and no term for the data
-        torch.testing.assert_close(loss([], []), 0.25 * distance())
-
-
-def test_the_last_feature_needs_an_adapter_only_where_widths_differ():
-    settings = train.Settings(kd=("out",), fold_steps=10)
-    teacher = models.UNet(8, 1, channels=16, channel_mults=(1, 2), num_res_blocks=1, norm_groups=8)
-    tapped = models.Tapped(teacher, teacher.feature_layers()[-1:])
-    assert tapped.names == ["up.0.block.1"]
-    for ratio, adapters in ((0.5, 1), (0.0, 0)):
-        student = train.Student(settings, "out", 0, models.prune_channels(teacher, ratio), tapped)
-        assert len(student.bare.adapters or ()) == adapters
-        _, (feature,) = student.module(torch.zeros(2, 1, 8, 8), torch.tensor([0, 9]))
-        assert feature.shape == (2, 16, 8, 8)
-    assert isinstance(train.Student(settings, "none", 0, teacher, tapped).module, models.UNet)
-
-
-@pytest.mark.usefixtures("_no_curves")
-def test_random_weights_differ_by_seed_and_take_the_pruned_shape():
-    arguments = ["--kd", "out", "--lr", "1e-12", "--steps", "1", "--eval-samples", "0", "--importance", "magnitude"]
-    run(*arguments, "--out", "runs/init-teacher")
-    run(*arguments, "--init", "random", "--seeds", "0", "1", "--out", "runs/init-random")
-    folders = ("init-teacher/student", "init-random/student/out-0", "init-random/student/out-1")
-    teacher, first, second = (weights(f"runs/{folder}") for folder in folders)
-    for a, b in ((teacher, first), (first, second)):
-        assert {name: tensor.shape for name, tensor in a.items()} == {name: tensor.shape for name, tensor in b.items()}
-        assert not same(a, b, tolerance=1e-3)
-
-
-@pytest.mark.usefixtures("_no_curves")
-def test_two_processes_fold_what_one_folds():
-    arguments = [*FOLD, "--kd", "out", "place", "--prune", "0", "--eval-samples", "0"]
-    run(*arguments, "--out", "runs/fold-one")
-    subprocess.run(two_processes(*arguments, "--out", "runs/fold-two"), check=True, capture_output=True, timeout=300)
-    for name in ("out-0", "place-0"):
-        one, two = (weights(f"runs/fold-{number}/student/{name}") for number in ("one", "two"))
-        assert same(one, two, tolerance=1e-5), name
-
-
-def test_the_published_fold_is_a_preset(capsys):
-    answered(["--dataset", "cifar10", "--prune", "0", "--fold-steps", "125", "--kd", "out", "--dry-run"])
-    settings = json.loads(capsys.readouterr().out)
-    expected = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0, "init": "random", "sample_steps": 125,
-                "lambda_diff": 0, "lambda_out": 1, "lambda_hidden": 1}  # fmt: skip
-    assert {name: settings[name] for name in expected} == expected
-    assert train.Settings(fold_steps=5).init == "teacher" and train.Settings().lambda_diff == 1
-
-
-# --------------------------------------------------------------------------------------------------- resume, processes
-
-
-def test_a_killed_run_resumes_bit_for_bit():
-    arguments = ["--kd", "feat", "place", "--dropout", "0.1", "--steps", "40", "--eval-samples", "0"]
-    run(*arguments, "--out", "runs/whole")
-    checkpoint = Path("runs/killed/checkpoint.pt")
-    process = subprocess.Popen(command(*arguments, "--out", "runs/killed"), stderr=subprocess.DEVNULL)
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()  # SIGKILL: no chance to tidy up
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 40
-    run(*arguments, "--out", "runs/killed")
-    for name in ("feat-0", "place-0"):
-        assert same(weights(f"runs/whole/student/{name}"), weights(f"runs/killed/student/{name}"))
-    assert log("runs/whole") == log("runs/killed")
-
-
-def test_a_signal_saves_the_step_that_was_reached():
-    arguments = ["--kd", "place", "--steps", "4000", "--save-every", "4000", "--out", "runs/signal"]
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    while not Path("runs/signal/log.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on" in text
-    assert torch.load("runs/signal/checkpoint.pt", weights_only=True)["step"] > 0
-
-
-def two_processes(*arguments: str) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*torchrun, *command(*arguments)[1:]]
-
-
-def test_two_processes_train_what_one_trains():
-    # unpruned: before a norm of one channel per group a bias has no gradient but rounding, which Adam blows up
-    arguments = ["--kd", "out", "feat", "place", "--prune", "0", "--lambda-feat", "1e-3", "--eval-samples", "0"]
-    run(*arguments, "--out", "runs/one")
-    subprocess.run(two_processes(*arguments, "--out", "runs/two"), check=True, capture_output=True, timeout=300)
-    for name in ("out-0", "feat-0", "place-0"):
-        assert same(weights(f"runs/one/student/{name}"), weights(f"runs/two/student/{name}"), tolerance=1e-5), name
-    one = [r for r in log("runs/one") if r["student"] == "place-0"]
-    two = [r for r in log("runs/two") if r["student"] == "place-0"]
-    assert [r["w"] for r in two] == pytest.approx([r["w"] for r in one], rel=1e-3)  # one weight for the whole batch
-
-
-def test_two_processes_resume_what_one_began(monkeypatch):
-    arguments = ["--kd", "feat", "place", "--prune", "0", "--eval-samples", "0"]
-    save = train.save_checkpoint
-
-    def save_and_keep(settings, students, folder, step):
-        save(settings, students, folder, step)
-        if folder.name == "began" and step == 2:
-            Path("runs/went-on").mkdir()
-            shutil.copy(folder / "checkpoint.pt", "runs/went-on/checkpoint.pt")
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_keep)
-    run(*arguments, "--out", "runs/began")
-    done = subprocess.run(
-        two_processes(*arguments, "--out", "runs/went-on"), check=True, capture_output=True, text=True
-    )
-    assert "resumed at step 2 of 6" in done.stdout
-    for name in ("feat-0", "place-0"):
-        assert same(weights(f"runs/began/student/{name}"), weights(f"runs/went-on/student/{name}"), tolerance=1e-5)
-
-
-def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_takes():
-    pixels = torch.arange(32, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8) + torch.arange(
-        8, dtype=torch.uint8
-    )
-
-    labels, net = torch.arange(32), models.DiT(8, 2, 1, 8, 1, 2, num_classes=32, class_dropout_prob=0.5)
-
-    def draw(seed, step, rows=slice(None)):
-        settings, cond = train.Settings(seed=seed), {"y": labels[rows]}
-        drawn = train.batch(settings, pixels[rows], cond, rows, True, DDPM(), step, torch.device("cpu"), net)
-        return [*drawn[:3], drawn.cond["y"]]
-
-    whole = draw(1, 7)
-    assert all(torch.equal(a, b) for a, b in zip(whole, draw(1, 7), strict=True))
-    assert all(torch.equal(a[8:16], b) for a, b in zip(whole, draw(1, 7, slice(8, 16)), strict=True))
-    for other in (draw(2, 7), draw(1, 8)):
-        assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
-    dropped = whole[3] == 32
-    assert 4 < dropped.sum() < 28 and torch.equal(whole[3][~dropped], labels[~dropped])
-
-
-# ----------------------------------------------------------------------------------------------------------- refusals
+    assert train.lr_factor(Settings(steps=100, warmup=0, decay="constant"), 99) == 1
+    assert train.lr_factor(Settings(steps=100, warmup=0, decay="cosine", lr=1.0, lr_end=0.2), 50) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--prune", "1.2"], ["--prune 1.2", "below 1"]),
-        (["--prune", "-0.1"], ["--prune -0.1", "at least 0"]),
-        (["--kd", "plaice"], ["--kd plaice", "did you mean place"]),
-        (["--kd", "place", "place"], ["--kd", "once"]),
-        (["--dataset", "cleba"], ["--dataset cleba", "digits"]),
-        (["--data", "/nowhere"], ["/nowhere", "folder"]),
-        (["--teacher", "/nowhere"], ["/nowhere", "network"]),
-        (["--steps", "0"], ["--steps 0", "at least 1"]),
-        (["--eval-samples", "3"], ["--eval-samples 3", "at least 6"]),
-        (["--fold-steps", "0"], ["--fold-steps 0", "at least 1 and at most 1000"]),
-        (["--fold-steps", "-5"], ["--fold-steps -5", "at least 1 and at most 1000"]),
-        (["--fold-steps", "1001"], ["--fold-steps 1001", "at least 1 and at most 1000"]),
-        (["--fold-steps", "ten"], ["--fold-steps", "ten"]),
-        (["--fold-steps", "10", "--sample-steps", "11"], ["--sample-steps 11", "at most 10"]),
-        (["--fold-steps", "10", "--kd", "feat"], ["--kd feat", "none, out, lift, place"]),
-        (["--fold-steps", "10", "--kd", "none"], ["--kd none", "--lambda-diff 1"]),
-        (["--fold-steps", "10", "--arch", "dit"], ["--fold-steps", "--arch unet"]),
-        (["--prune", "0", "--seeds", "0", "1"], ["--seeds", "--init random"]),
-        (["--steps", "many"], ["--steps", "many"]),
-        (["--group-size", "7"], ["7", "64", "2, 4, 8, 16, 32, 64"]),
-        (["--image-size", "12"], ["8 or 16", "12"]),
-        (["--seeds", "0", "1", "--importance", "magnitude"], ["--seeds", "--importance random"]),
-        (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
-        (["--lr", "nan"], ["--lr nan", "above 0"]),
-        (["--schedule", "liner"], ["did you mean linear"]),
-        (["--bogus"], ["--bogus"]),
-        (["--dataset", "lsun_church"], ["church_outdoor_train_lmdb", "--data"]),
-        (["--log", "wandb"], ["--log wandb", "pip install wandb"]),
-    ],
-)
-def test_bad_input_is_one_sentence_and_writes_nothing(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = train.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    ("methods", "given", "compared", "passes"),
+    [(("feat",), {"lambda_feat": 0.0}, (), [0, 1]), (("feat",), {}, ("feat",), [1, 1]), (("none",), {}, (), [0, 1]),
+     (("none", "out", "place"), {"precision": "bf16"}, ("place",), [1, 1]),
+     (("out",), {"fold_steps": 5, "lambda_hidden": 0.0}, (), [1, 1])],
+)  # fmt: skip
+def test_a_teacher_is_asked_once_for_all_students_and_only_if_one_of_them_listens(methods, given, compared, passes):
+    settings = Settings(kd=methods, **given)
+    net, calls = models.UNet(8, 1, **SMALL), []
+    kds = [train.resolve(settings, name) for name in methods]
+    assert [kd.name for kd in kds if kd.features is not None] == [name for name in methods if name in compared]
+    teacher = train.tap(net, net, slice(None)) if any(kd.features for kd in kds) else net
+    students = [Student(settings, kd, 0, models.UNet(8, 1, **SMALL), teacher) for kd in kds]
+    process = DDPM() if settings.fold_steps is None else DDPM().fold(5)
+    net.register_forward_hook(lambda _, given, output: calls.append((given[1].tolist(), output.dtype)))
+    x, t = torch.randn(4, 1, 8, 8), process.sample_t(4)
+    for at, watched in enumerate((False, True)):
+        before = len(calls)
+        numbers = train.step(settings, students, teacher, process, Batch(x, x, x, x, t, {}), at, watched)
+        assert len(calls) - before == passes[at] and ("mse" in numbers[0]) == watched
+    assert calls[-1] == (process.phi(t).tolist(), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    busy = {student.method: student.seconds for student in students}
+    assert all(busy["none"] < busy[name] for name in busy if "none" in busy and name != "none")
+
+
+def test_the_weight_of_the_fine_term_is_that_of_all_processes(monkeypatch):
+    settings, net, x = Settings(lambda_feat=0.0), models.UNet(8, 1, **SMALL), torch.randn(4, 1, 8, 8)
+    monkeypatch.setattr(train, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(train, "mean_over_ranks", lambda coarse: 0 * coarse + 0.25)
+    student = Student(settings, train.resolve(settings, "place"), 0, models.UNet(8, 1, **SMALL))
+    batch = Batch(x, x, x, x, torch.arange(4), {})
+    assert train.step(settings, [student], net, DDPM(), batch, 0, True)[0]["w"] == 0.75
+
+
+@pytest.mark.parametrize("method", ["out", "feat"])
+def test_parts_of_a_batch_add_up_to_it(method, monkeypatch):
+    gradients, teacher, process = [], models.UNet(8, 1, **SMALL), DDPM()
+    tapped = train.tap(teacher, teacher, slice(None))
+    x0, noise = (torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    t = process.sample_t(8, torch.Generator().manual_seed(2))
+    batch = Batch(x0, noise, process.add_noise(x0, noise, t), noise, t, {})
+
+    def update(settings, student, at):
+        gradients.append([p.grad.clone() for p in student.model.parameters()])
+        return torch.zeros(())
+
+    monkeypatch.setattr(train, "update", update)
+    for parts in (1, 3, 8):  # of 8: 3, 3 and 2
+        settings = Settings(kd=(method,), accumulate=parts, lambda_feat=1.0)
+        torch.manual_seed(3)
+        student = Student(settings, train.resolve(settings, method), 0, models.UNet(8, 1, **SMALL), tapped)
+        (numbers,) = train.step(settings, [student], tapped, process, batch, 0)
+        assert numbers.keys() == {"loss", "grad_norm"}
+    largest = max(gradient.abs().max().item() for gradient in gradients[0])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
+
+
+# ---- Resuming --------------------------------------------------------------------------------------------------------
+
+KILLED = {
+    "unet": ["--kd", "feat", "place", "--dropout", "0.1"],
+    "fold": [*FOLD, "--kd", "out"],
+    "dit": ["--arch", "dit", "--kd", "place", "--depth-method", "learned", "--depth-steps", "2"],
+}
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_killed_run_resumes_bit_for_bit(kind, processes, capsys):
+    arguments, whole, killed = [*KILLED[kind], "--seeds", "0", "--log-every", "1"], f"{kind}-whole", f"{kind}-killed"
+    run(*arguments, "--out", f"runs/{whole}")
+    process = processes([[*arguments, "--out", f"runs/{killed}"]], kill_at=3)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [torch.load(f"runs/{killed}/checkpoint.pt", weights_only=True)["step"], log(killed)[-1]["step"]] == [2, 2]
+    run(*arguments, "--out", f"runs/{killed}")
+    assert f"runs/{killed}: resumed at step 2 of 6" in capsys.readouterr().out
+    for folder in {path.parent for path in Path(f"runs/{whole}/student").rglob("config.json")}:
+        assert same(str(folder.relative_to("runs")), str(folder.relative_to("runs")).replace(whole, killed))
+    assert log(whole) == log(killed) and {record["step"] for record in log(whole)} == set(range(6))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_ctrl_c_saves_the_step_that_was_reached_and_the_same_command_goes_on(capsys, monkeypatch):
+    arguments, step = ["--kd", "out", "--steps", "5", "--save-every", "99"], train.step
+
+    def interrupted(*given):
+        if given[5] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given)
+
+    run(*arguments, "--out", "runs/unstopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", interrupted)
+        run(*arguments, "--out", "runs/stopped")
+    assert "runs/stopped: stopped and saved; the same command goes on" in capsys.readouterr().out
+    assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 3
+    assert not Path("runs/stopped/student").exists()
+    run(*arguments, "--out", "runs/stopped")
+    assert same("stopped/student", "unstopped/student") and log("stopped") == log("unstopped")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes, monkeypatch):
+    # unpruned: before a norm of one channel per group a bias has no gradient but rounding, which Adam blows up
+    arguments = ["--kd", "feat", "place", "--prune", "0", "--lambda-feat", "1e-3"]
+    save = train.save_checkpoint
+
+    def save_and_keep(settings, students, folder, steps):
+        save(settings, students, folder, steps)
+        if folder.name == "fold-one" and steps == 2:
+            Path("runs/fold-two").mkdir()
+            shutil.copy(folder / "checkpoint.pt", "runs/fold-two/checkpoint.pt")
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_keep)
+    run(*arguments, "--out", "runs/one")
+    folded = [*FOLD, *arguments, "--kd", "out", "--accumulate", "2"]
+    run(*folded, "--out", "runs/fold-one")
+    commands = [[*arguments, "--out", "runs/two"], [*folded, "--out", "runs/fold-two"]]
+    with contextlib.ExitStack() as held:  # a port for each run
+        sockets = [held.enter_context(socket.socket()) for _ in commands]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [str(each.getsockname()[1]) for each in sockets]
+    both = [processes(commands, rank=rank, ports=ports) for rank in (0, 1)]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    for name in ("feat-0", "place-0"):
+        assert same(f"one/student/{name}", f"two/student/{name}", 1e-5)
+    assert same("fold-one/student", "fold-two/student", 1e-5)
+    one, two = ([r["w"] for r in log(name) if r["student"] == "place-0"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)  # one weight for the whole batch
+    assert len(log("two")) == len(log("one")) and log("fold-two")[0]["step"] == 2
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_run_folder_of_an_earlier_version_goes_on(capsys):
+    """As those before this file was written left it: a checkpoint of these keys, and a finished run's metrics."""
+    run("--kd", "feat", "--prune", "0", "--out", "runs/before")
+    teacher = models.load(teacher_settings(parse(TINY)).out + "/teacher")
+    settings = parse([*TINY, "--kd", "feat", "--prune", "0", "--out", "runs/old"])
+    tapped = train.tap(teacher, teacher, slice(None))
+    student = Student(settings, train.resolve(settings, "feat"), 0, teacher.requires_grad_(True), tapped)
+    module = {
+        **{f"net.{name}": x for name, x in teacher.state_dict().items()},
+        **{f"adapters.{i}.weight": adapter.weight.detach() for i, adapter in enumerate(student.model.adapters)},
+    }
+    old = json.loads((ROOT / "benchmarks/digits8-keep/metrics.json").read_text())["settings"]
+    assert old.keys() <= plain(settings).keys()  # no setting has gone
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+    state = {"seconds": 1.5, "module": module, "ema": teacher.state_dict()}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": {}}
+    Path("runs/old").mkdir()
+    torch.save({"step": 0, "settings": plain(settings), "students": {"feat-0": state}}, "runs/old/checkpoint.pt")
+    Path("runs/old/config.json").write_text(json.dumps(plain(settings)))
+    Path("runs/old/log.jsonl").write_text('{"step": 0, "student": "feat-0"}\n{"step": 3, "stu')
+    run("--kd", "feat", "--prune", "0", "--out", "runs/old")
+    assert "runs/old: resumed at step 0 of 6" in capsys.readouterr().out
+    assert same("before/student", "old/student") and log("before") == log("old")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_what_lies_in_the_way_is_refused_by_name_and_left_alone(capsys):
+    arguments = ["--kd", "place", "--out", "runs/way"]
+    run(*arguments)
+    path, teacher = Path("runs/way/checkpoint.pt"), Path(teacher_settings(parse([*TINY, "--seed", "9"])).out)
+    before = path.read_bytes()
+    other = refused([*TINY, *arguments, "--lr", "0.001", "--clip", "2"], capsys)
+    assert "--lr was 0.005, is 0.001, --clip was 1.0, is 2.0" in other
+    assert path.read_bytes() == before
+    Path("runs/way/metrics.json").unlink()
+    path.write_bytes(before[: len(before) // 2])
+    sentence = refused([*TINY, *arguments], capsys)
+    (aside,) = path.parent.glob("checkpoint.pt.broken-*")
+    assert str(path) in sentence and str(aside) in sentence and "step 0" in sentence
+    run(*arguments)
+    assert torch.load(path, weights_only=True)["step"] == 6
+    teacher.mkdir(parents=True)  # of a run that has not begun
+    (teacher / "checkpoint.pt").write_bytes(b"half a file")
+    assert str(teacher / "checkpoint.pt") in refused([*TINY, "--seed", "9", "--out", "runs/none"], capsys)
+    assert not Path("runs/none").exists()
+
+
+# ---- Fewer steps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_fold_is_sampled_in_its_own_steps_and_teaches_folds(capsys):
+    run(*FOLD, "--kd", "out", "place", "--eval-samples", "16", "--out", "runs/fold")
+    rows = found("fold")
+    assert [row["method"] for row in rows["same_steps"]] == ["teacher, 5 steps", "teacher, 5 folded"]
+    text = capsys.readouterr().out
+    assert "| place, 5 steps " in text and "| teacher, 5 folded " in text
+    assert "teacher DDIM, 50 steps; others DDIM, 5 steps" in rows["protocol"]
+    assert Path("runs/fold/interpolations.png").stat().st_size > 0
+    saved, noise = models.load("runs/fold/student/place-0"), start_noise(16, (1, 8, 8), 0)
+    teacher = models.load(Path(teacher_settings(parse(TINY)).out) / "teacher")
+    assert saved.process == {"fold": 5}
+    usual = DDPM().sample(teacher, noise.shape, 50, noise=noise)
+    theirs = [row for row in rows["students"] if row["method"] == "place"] + rows["same_steps"]
+    for row, x in zip(
+        theirs,
+        (
+            DDPM().fold(5).sample(saved, noise.shape, 5, noise=noise),
+            DDPM().sample(teacher, noise.shape, 5, noise=noise),
+            DDPM().sample(teacher, noise.shape, [999, 799, 599, 399, 199], noise=noise),
+        ),
+        strict=True,
+    ):
+        assert row["teacher_mse"] == pytest.approx((x - usual).square().mean().item(), rel=1e-4)
+    assert rows["teacher"]["teacher_mse"] == 0
+
+    arguments = ["--kd", "out", "--teacher", "runs/fold/student/place-0", "--steps", "1"]
+    run(*arguments, "--fold-steps", "1", "--sample-steps", "1", "--out", "runs/fold-of-fold")
+    run(*arguments, "--sample-steps", "5", "--out", "runs/pruned-fold")
+    assert [models.load(f"runs/{name}/student").process for name in ("fold-of-fold", "pruned-fold")] == [
+        {"fold": 1},
+        {"fold": 5},
+    ]
+
+
+# ---- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """The one sentence with which train.py ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(parse(arguments))
     out, err = capsys.readouterr()
-    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("train.py: error: ")
-    assert all(word in err for word in words), err
+    assert stop.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("train.py: error: "), err
+    return err
+
+
+REFUSED = [
+    ("--prune 1.2", "--prune 1.2", "below 1"),
+    ("--kd plaice", "--kd plaice", "did you mean place"),
+    ("--kd place place", "--kd", "once"),
+    ("--dataset cleba", "--dataset cleba", "digits"),
+    ("--data /nowhere", "/nowhere", "folder"),
+    ("--teacher /nowhere", "/nowhere", "network"),
+    ("--steps 0", "--steps 0", "at least 1"),
+    ("--steps many", "--steps", "many"),
+    ("--eval-samples 3", "--eval-samples 3", "at least 6"),
+    ("--fold-steps 1001", "--fold-steps 1001", "at least 1 and at most 1000"),
+    ("--fold-steps 10 --sample-steps 11", "--sample-steps 11", "at most 10"),
+    ("--fold-steps 10 --kd feat", "--kd feat", "none, out, lift, place"),
+    ("--fold-steps 10 --kd none", "--kd none", "--lambda-diff 1"),
+    ("--fold-steps 10 --arch dit", "--fold-steps", "--arch unet"),
+    ("--process flow --eta 1", "--process flow has none of it"),
+    ("--process flow --fold-steps 8", "--process flow has none of it"),
+    ("--prune 0 --seeds 0 1", "--seeds", "--init random"),
+    ("--seeds 0 1 --importance magnitude", "--seeds", "--importance random"),
+    ("--arch dit --seeds 0 1 --depth-method uniform", "--depth-method random"),
+    ("--arch dit --prune 0.75 --seeds 0 1", "keeps 2 of 8 blocks: the seeds would draw the same"),
+    ("--arch dit --keep 0,99", "numbers from 0 to 7, not [0, 99]"),
+    ("--arch dit --keep 0,two", "0,two"),
+    ("--keep 0,1", "use --prune, or --arch dit"),
+    ("--arch dit --dataset celeba", "--arch dit has no preset for celeba"),
+    ("--arch sd --dataset latents --data x", "there is no folder", "latents"),
+    ("--dataset imagenet --depth-method luck", "--depth-method luck"),
+    ("--dataset imagenet", "latents need --data"),
+    ("--dataset lsun_church", "church_outdoor_train_lmdb", "--data"),
+    ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
+    ("--group-size 7", "7", "64", "2, 4, 8, 16, 32, 64"),
+    ("--image-size 12", "8 or 16", "12"),
+    ("--device cuda:99", "--device cuda:99", "cpu"),
+    ("--lr nan", "--lr nan", "above 0"),
+    ("--schedule liner", "did you mean linear"),
+    ("--bogus", "--bogus"),
+    ("--log wandb", "--log wandb", "pip install wandb"),
+    ("--fsdp", "--fsdp splits the students", "torchrun"),
+    ("--teacher {rgb}", "takes samples of shape (3, 16, 16), not (1, 8, 8)"),
+    ("--student {rgb}", "--student", "does not fit digits"),
+    ("--teacher {dit}", "is a DiT", "goes with --arch dit"),
+    ("--arch dit --teacher {dit}", "knows the classes 0 to 2, but the data has a class 9"),
+    ("--arch dit --process flow --teacher {dit}", "predicts a variance, of which the process flow has none"),
+    ("--teacher {sd}", "was trained for the process sd: use --process sd"),
+    ("--teacher {fold} --fold-steps 2 --kd out", "take a divisor of 5"),
+    ("--teacher {fold} --sample-steps 6", "--sample-steps 6", "the teacher has 5 timesteps"),
+    ("--student {fold}", "has 5 timesteps, this run 1000", "use --fold-steps 5"),
+    ("--student {fold} --fold-steps 2 --kd out", "has 5 timesteps, this run 2"),
+]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> dict[str, Path]:
+    """Saved networks that do not go with the digits."""
+    folder = tmp_path_factory.mktemp("networks")
+    nets = {"rgb": models.UNet(16, 3, **SMALL), "dit": models.DiT(8, 2, 1, 8, 1, 2, num_classes=3)}
+    nets |= {"sd": models.UNet(8, 1, **SMALL), "fold": models.UNet(8, 1, **SMALL)}
+    nets["sd"].process, nets["fold"].process = {"name": "sd"}, {"fold": 5}
+    for name, net in nets.items():
+        net.save(folder / name)
+    return {name: folder / name for name in nets}
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(arguments, words) for arguments, *words in REFUSED])
+def test_bad_input_is_one_sentence_and_writes_nothing(arguments, words, networks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    sentence = refused(arguments.format(**networks).split(), capsys)
+    assert all(word in sentence for word in words), sentence
     assert not any(tmp_path.iterdir())
 
 
-def test_a_truncated_checkpoint_is_kept_aside_and_the_run_can_go_on(capsys):
-    arguments = ["--kd", "place", "--out", "runs/truncated", "--eval-samples", "0"]
-    run(*arguments)
-    Path("runs/truncated/metrics.json").unlink()
-    path = Path("runs/truncated/checkpoint.pt")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    assert train.main([*TINY, *arguments]) == 2
-    err = capsys.readouterr().err
-    (aside,) = path.parent.glob("checkpoint.pt.broken-*")
-    assert str(path) in err.splitlines()[-1] and str(aside) in err and "step 0" in err
-    assert aside.stat().st_size == len(whole) // 2
-    run(*arguments)
-    assert torch.load(path, weights_only=True)["step"] == 6
-
-
-def test_a_damaged_teacher_is_refused_before_anything_is_trained(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = Path(train.teacher_settings(train.parse(TINY)).out)
-    folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"half a file")
-    assert train.main(TINY) == 2
-    assert str(folder / "checkpoint.pt") in capsys.readouterr().err and not (tmp_path / train.parse(TINY).out).exists()
-
-
-def test_a_checkpoint_of_other_settings_is_refused_by_name_and_left_alone(capsys):
-    arguments = ["--kd", "place", "--out", "runs/other", "--eval-samples", "0"]
-    run(*arguments)
-    before = Path("runs/other/checkpoint.pt").read_bytes()
-    assert train.main([*TINY, *arguments, "--lr", "0.001", "--clip", "2"]) == 2
-    err = capsys.readouterr().err.splitlines()[-1]
-    assert "--lr was 0.005, is 0.001" in err and "--clip was 1.0, is 2.0" in err and "--steps" not in err
-    assert Path("runs/other/checkpoint.pt").read_bytes() == before
-
-
-def test_a_teacher_that_does_not_fit_the_data_is_refused(capsys):
-    net = models.UNet(16, 3, channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
-    net.save("runs/rgb")
-    assert train.main([*TINY, "--teacher", "runs/rgb", "--out", "runs/unfit"]) == 2
-    assert "samples of shape (3, 16, 16), but the data is (1, 8, 8)" in capsys.readouterr().err
-    assert not Path("runs/unfit").exists()
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "rank_and_world", lambda: (0, 3))
+    assert "--batch-size 32 cannot be split over 3 processes" in refused([], capsys)

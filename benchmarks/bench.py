@@ -1,10 +1,10 @@
 """How fast it is: prints a table for each question and writes all numbers, hardware and versions as JSON.
 
-    python bench.py                             # everything at CelebA size: about ten minutes on two cores
-    python bench.py --only loss step            # some of it
-    python bench.py --official ../LIFT_PLACE    # beside the authors' code, imported from a clone of it
-    python bench.py --quick                     # tiny networks, one repetition: does it run?
-    python bench.py --show benchmarks/cpu.json  # the tables of a former run
+    python benchmarks/bench.py                             # everything at CelebA size: about ten minutes on two cores
+    python benchmarks/bench.py --only loss step            # some of it
+    python benchmarks/bench.py --official ../LIFT_PLACE    # beside the authors' code, imported from a clone of it
+    python benchmarks/bench.py --quick                     # tiny networks, one repetition: does it run?
+    python benchmarks/bench.py --show benchmarks/cpu.json  # the tables of a former run
 
 Seconds are medians. What is compared takes turns, so that a busy machine slows all of it; compare within one run only.
 On a GPU the networks run in bfloat16 and channels_last, as in training, with a batch of 96 instead of 8; the authors'
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +32,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import evaluate
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import lift_place
 import train
-from diffusion import DDPM
-from models import Tapped, UNet, prune_channels
+from distil import fast_loss, machine
+from distil.metrics import macs
+from distil.prepare import Batch, draw
+from distil.process import DDPM
+from distil.settings import Parser, Settings
+from distil.students import Student, Tapped, autocast, find_dtype
+from models import UNet, prune_channels
 
 Row = dict[str, Any]
 Cases = dict[str, Callable[[], Any]]
+
+# ---- How it is measured ----------------------------------------------------------------------------------------------
 
 
 def seconds(cases: Cases, repeat: int, device: torch.device) -> dict[str, list[float]]:
@@ -47,7 +55,8 @@ def seconds(cases: Cases, repeat: int, device: torch.device) -> dict[str, list[f
     times: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
     for turn in range(repeat + 1):  # the first one warms up
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             wait()
             began = time.perf_counter()
             cases[name]()
@@ -73,11 +82,8 @@ def peak_bytes(case: Callable[[], Any], device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         case()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -85,60 +91,44 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured
+# ---- What is measured ------------------------------------------------------------------------------------------------
 
 
 class Setup:
     """The device, the networks and the batch of a run of this file."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = train.find_device(options.device)
+        self.device = machine.find_device(options.device)
         self.quick, self.compile = options.quick, options.compile
         self.gpu = self.device.type == "cuda"
         self.repeat = options.repeat or (1 if self.quick else 30 if self.gpu else 5)
         self.size, self.batch = (16, 2) if self.quick else (64, 96 if self.gpu else 8)
         sizes = {"channels": 64, "channel_mults": (1, 2), "num_res_blocks": 1} if self.quick else {}
         torch.manual_seed(0)
-        self.teacher = train.on_device(UNet(self.size, dropout=0.1, **sizes), self.device).eval().requires_grad_(False)
-        self.tapped = Tapped(self.teacher)
-        self.process = DDPM()
+        teacher = machine.on_device(UNet(self.size, dropout=0.1, **sizes), self.device)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.tapped, self.process = Tapped(self.teacher), DDPM()
         self.pixels = torch.randint(0, 256, (4 * self.batch, 3, self.size, self.size), dtype=torch.uint8)
         self.authors = None if options.official is None else authors(options.official)
 
-    def settings(self, **changes: Any) -> train.Settings:
+    def settings(self, **changes: Any) -> Settings:
         """Those of the paper's CelebA student at 90 %."""
         given = {"dataset": "celeba", "prune": 0.9, "batch_size": self.batch, "image_size": self.size}
-        return train.Settings(**{**given, "device": str(self.device), "compile": self.compile, **changes})
+        return Settings(**{**given, "device": str(self.device), "compile": self.compile, **changes})
 
     def pruned(self, prune: float) -> UNet:
-        return train.on_device(prune_channels(self.teacher, prune, "random"), self.device).requires_grad_(True)
+        return machine.on_device(prune_channels(self.teacher, prune, "random"), self.device).requires_grad_(True)
 
-    def student(self, settings: train.Settings, method: str = "place", seed: int = 0) -> train.Student:
-        return train.Student(settings, method, seed, self.pruned(settings.prune), self.tapped)
+    def student(self, settings: Settings, method: str = "place", seed: int = 0) -> Student:
+        return Student(settings, train.resolve(settings, method), seed, self.pruned(settings.prune), self.tapped)
 
-    def data(self, settings: train.Settings) -> train.Batch:
-        pixels = self.pixels[: settings.batch_size]
-        return train.batch(settings, pixels, {}, slice(None), True, self.process, 0, self.device, self.teacher)
+    def draw(self, settings: Settings) -> Batch:
+        return draw(settings, self.pixels[: settings.batch_size], {}, self.process, self.teacher, 0, flip=True)
 
-    def step(self, students: list[train.Student], settings: train.Settings) -> None:
-        """One step of `train.train`, without its log and its checkpoints: one teacher pass for all students."""
-        batch, half = self.data(settings), train.autocast(settings, self.device)
-        x_t = self.process.add_noise(batch.x0, batch.noise, batch.t)  # (B, C, H, W)
-        teacher = self.tapped if any(isinstance(student.bare, Tapped) for student in students) else self.teacher
-        with torch.no_grad(), half:
-            theirs, their_features = train.predict(teacher, x_t, batch.t, batch.cond)
-        for student in students:
-            torch.manual_seed(train.hash_seed(student.seed, 0, 0, 0))  # of the dropout
-            with half:
-                output, features = train.predict(student.module, x_t, batch.t, batch.cond)
-            loss, _ = train.objective(
-                settings, self.process, student.method, batch, x_t, output, theirs, features, their_features, None,
-                settings.lambda_feat,
-            )  # fmt: skip
-            student.scaler.scale(loss).backward()
-        for student in students:
-            student.update(settings, 0)
+    def step(self, students: list[Student], settings: Settings) -> None:
+        """A step of training, from the images on."""
+        teacher = self.tapped if any(student.kd.features for student in students) else self.teacher
+        train.step(settings, students, teacher, self.process, self.draw(settings), 0)
 
 
 def authors(clone: str) -> SimpleNamespace:
@@ -146,12 +136,12 @@ def authors(clone: str) -> SimpleNamespace:
     folder = Path(clone) / "Diff_Pruning_EXP"
     if not (folder / "functions" / "losses.py").is_file():
         raise ValueError(f"--official {clone} is no clone of the authors' repository: {folder}/functions is missing")
-    modules = {}
+    modules = []
     for name in ("functions/losses", "models/diffusion", "models/ema"):  # by file: `models` is also a name of ours
         spec = importlib.util.spec_from_file_location(name.replace("/", "_"), folder / f"{name}.py")
-        modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules[name])
-    losses, networks, average = modules.values()
+        modules.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(modules[-1])
+    losses, networks, average = modules
     return SimpleNamespace(losses=losses, Model=networks.Model, EMAHelper=average.EMAHelper)
 
 
@@ -161,7 +151,8 @@ def authors_step(b: Setup) -> Callable[[], None]:
     teacher, student = teacher.eval(), student.train()
     ema = b.authors.EMAHelper(mu=0.9999)
     ema.register(student)
-    x0, e, t, _ = b.data(b.settings())
+    batch = b.draw(b.settings())
+    x0, e, t = batch.x0, batch.noise, batch.t
     adapters = b.authors.losses.FitNetLoss(b.device)
     adapters.construct_adapter(teacher, student, None, None, x0[:2], t[:2])
     optimizer = torch.optim.Adam([*student.parameters(), *adapters.parameters()], lr=2e-4)
@@ -196,39 +187,37 @@ def their_network(b: Setup, net: UNet) -> nn.Module:
     theirs = b.authors.Model(config)
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm):
-            parent, _, child = name.rpartition(".")
-            setattr(theirs.get_submodule(parent), child, copy.deepcopy(layer))
+            theirs.set_submodule(name, copy.deepcopy(layer))
     return theirs.to(b.device, memory_format=torch.contiguous_format)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The questions: each function answers one, row by row
-
+# ---- The questions: each function answers one, row by row ------------------------------------------------------------
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda s, t: nn.functional.mse_loss(s, t) * s[0].numel(),
-    "lift": lambda s, t: lift_place.lift(s, t, reduction="sum").loss,
-    "place": lambda s, t: lift_place.place(s, t, reduction="sum").loss,
+    "lift": lambda s, t: fast_loss.lift(s, t, reduction="sum").loss,
+    "place": lambda s, t: fast_loss.place(s, t, reduction="sum").loss,
+    "lift (plain)": lambda s, t: lift_place.lift(s, t, reduction="sum").loss,
+    "place (plain)": lambda s, t: lift_place.place(s, t, reduction="sum").loss,
 }
 
 
 def loss(b: Setup) -> Iterable[Row]:
     """Forward and backward of the losses alone, float32, K = 16; peak: memory beyond the two inputs."""
     for shape in [(2, 3, 16, 16)] if b.quick else [(16, 3, 64, 64), (8, 16, 128, 128)]:
-        student, teacher = outputs(shape, b.device)
-        losses, l1 = dict(LOSSES), SimpleNamespace(use_l2=False)
+        pair, losses, l1 = outputs(shape, b.device), dict(LOSSES), SimpleNamespace(use_l2=False)
         if b.authors:
             losses["authors' lift"] = partial(b.authors.losses.imp_regression_constraint_loss_LIFT, args=l1)
             losses["authors' place"] = partial(b.authors.losses.LIFT_PLACE, args=l1)
-        cases = {name: backward(function, student, teacher) for name, function in losses.items()}
+        cases = {name: backward(function, *pair) for name, function in losses.items()}
         took = medians(cases, 5 * b.repeat, b.device)
         peak = {name: peak_bytes(case, b.device) for name, case in cases.items()}
         for name in cases:
             row = {"shape": "x".join(map(str, shape)), "loss": name}
             row |= {"ms": 1e3 * took[name], "peak_MiB": peak[name] / 2**20}
-            if f"authors' {name}" in cases:
-                row["time_vs_authors"] = took[name] / took[f"authors' {name}"]
-                row["memory_vs_authors"] = peak[name] / peak[f"authors' {name}"]
+            theirs = f"authors' {name.removesuffix(' (plain)')}"
+            if theirs in cases:
+                row |= {"time_vs_authors": took[name] / took[theirs], "memory_vs_authors": peak[name] / peak[theirs]}
             yield row
 
 
@@ -253,8 +242,8 @@ def step(b: Setup) -> Iterable[Row]:
     x_t, t = torch.randn(b.batch, 3, b.size, b.size, device=b.device), torch.arange(b.batch, device=b.device)
     for precision in ["bf16"] if b.gpu else ["fp32", "bf16"]:
         settings = b.settings(precision=precision)
-        half, student = train.autocast(settings, b.device), b.student(settings)
-        matrix = torch.randn(n, n, device=b.device, dtype=train.DTYPES[precision])
+        half, student = autocast(settings, b.device), b.student(settings)
+        matrix = torch.randn(n, n, device=b.device, dtype=find_dtype(settings, b.device))
 
         def teacher(half=half) -> None:
             with torch.no_grad(), half:
@@ -263,7 +252,7 @@ def step(b: Setup) -> Iterable[Row]:
         cases[f"step, {precision}"] = partial(b.step, [student], settings)
         cases[f"teacher, {precision}"] = teacher
         cases[f"matrix product, {precision}"] = partial(torch.mm, matrix, matrix)
-        gflop[f"teacher, {precision}"] = 2e-9 * b.batch * evaluate.macs(b.teacher)
+        gflop[f"teacher, {precision}"] = 2e-9 * b.batch * macs(b.teacher)
         gflop[f"matrix product, {precision}"] = 2e-9 * n**3
     if b.authors:
         cases["authors' step, fp32"] = authors_step(b)
@@ -272,7 +261,9 @@ def step(b: Setup) -> Iterable[Row]:
         row = {"what": name, "batch": b.batch, "s": took[name]}
         if name in gflop:
             row |= {"gflop": gflop[name], "gflop_per_s": gflop[name] / took[name]}
-        yield row | ({"time_vs_authors": took[name] / took["authors' step, fp32"]} if b.authors else {})
+        if b.authors:
+            row["time_vs_authors"] = took[name] / took["authors' step, fp32"]
+        yield row
 
 
 def students(b: Setup) -> Iterable[Row]:
@@ -309,26 +300,24 @@ def sampling(b: Setup) -> Iterable[Row]:
     """Images per second of DDIM with 100 steps (a few are timed), float32 on a CPU and bfloat16 on a GPU."""
     steps = 1 if b.quick else 20 if b.gpu else 2
     nets = {"teacher": b.teacher} | {f"{p:.0%} pruned": b.pruned(p).eval() for p in (0.3, 0.5, 0.7, 0.9)}
+    counts = {name: macs(net) for name, net in nets.items()}
     for net in nets.values() if b.compile else ():
         net.compile()
-    macs = {name: evaluate.macs(net) for name, net in nets.items()}
     for batch in (1,) if b.quick else (1, 4, 16, 64, 256) if b.gpu else (1, 4, 16):
         noise = torch.randn(batch, 3, b.size, b.size, device=b.device)
-
         cases = {n: partial(b.process.sample, net, noise.shape, steps, noise=noise) for n, net in nets.items()}
-        with train.autocast(b.settings(), b.device):
+        with autocast(b.settings(), b.device):
             took = medians(cases, max(1, b.repeat // 2), b.device)
         for name in nets:
             row = {"network": name, "batch": batch, "images_per_s": batch / took[name] * steps / 100}
-            row |= {"gmacs": macs[name] / 1e9, "macs_ratio": macs["teacher"] / macs[name]}
+            row |= {"gmacs": counts[name] / 1e9, "macs_ratio": counts["teacher"] / counts[name]}
             yield row | {"speed_up": took["teacher"] / took[name]}
 
 
 def startup(b: Setup) -> Iterable[Row]:
     """Seconds until the command line answers."""
-    root = Path(__file__).parent
     commands = {"python -c 'import torch'": ["-c", "import torch"], "python train.py --help": ["train.py", "--help"]}
-    run = partial(subprocess.run, cwd=root, check=True, capture_output=True)
+    run = partial(subprocess.run, cwd=Path(__file__).parents[1], check=True, capture_output=True)
     took = medians({name: partial(run, [sys.executable, *c]) for name, c in commands.items()}, b.repeat, b.device)
     yield from ({"command": name, "s": took[name]} for name in commands)
 
@@ -338,9 +327,8 @@ def overhead(b: Setup) -> Iterable[Row]:
     settings = b.settings(lambda_feat=0)
     group = {method: b.student(settings, method) for method in ("out", "place")}
     took = seconds({name: partial(b.step, [one], settings) for name, one in group.items()}, 2 * b.repeat, b.device)
-    student, teacher = outputs((b.batch, 3, b.size, b.size), b.device)
-    alone = {name: backward(LOSSES[name], student, teacher) for name in ("mse", "place")}
-    alone = medians(alone, 10 * b.repeat, b.device)
+    pair = outputs((b.batch, 3, b.size, b.size), b.device)
+    alone = medians({name: backward(LOSSES[name], *pair) for name in ("mse", "place")}, 10 * b.repeat, b.device)
     out = statistics.median(took["out"])
     turns = [place / out - 1 for out, place in zip(took["out"], took["place"], strict=True)]
     row = {"what": "step, turn by turn", "out_s": out, "place_s": statistics.median(took["place"])}
@@ -349,17 +337,21 @@ def overhead(b: Setup) -> Iterable[Row]:
     yield row | {"overhead_percent": 100 * (alone["place"] - alone["mse"]) / out}
 
 
+# ---- The command -----------------------------------------------------------------------------------------------------
+
 SECTIONS = {f.__name__: f for f in (loss, step, students, growth, sampling, startup, overhead)}
 
 
 def table(rows: list[Row]) -> str:
     """Rows as a Markdown table; what a row lacks is a dash."""
     head = list(dict.fromkeys(key for row in rows for key in row))
-    cell = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)  # noqa: E731
-    lines = [head, *([cell(row.get(key, "-")) for key in head] for row in rows)]
+    lines = [head]
+    for row in rows:
+        values = [row.get(key, "-") for key in head]
+        lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def shown(name: str, section: Row) -> str:
@@ -367,7 +359,7 @@ def shown(name: str, section: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("bench.py", __doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections [all]")
     parser.add_argument("--official", metavar="DIR", help="a clone of the authors' repository [none]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
@@ -379,20 +371,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", metavar="FILE", help="measure nothing, print the tables of such a JSON")
     options = parser.parse_args(arguments)
     if options.show:
-        sections = json.loads(Path(options.show).read_text())["sections"]
+        sections = json.loads(Path(options.show).read_text("utf-8"))["sections"]
         print("\n\n".join(shown(name, section) for name, section in sections.items()))
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
+    with machine.refusing("bench.py"):
         b = Setup(options)
-    except ValueError as error:
-        parser.exit(2, f"bench.py: error: {error}\n")
-    began = time.perf_counter()
-    path = Path(options.out)
+    began, path = time.perf_counter(), Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {key: value for key, value in vars(options).items() if key not in ("official", "out")}
-    result: Row = {"machine": evaluate.machine(), "options": about, "official": bool(b.authors), "sections": {}}
+    result: Row = {"machine": machine.describe(), "options": about, "official": bool(b.authors), "sections": {}}
     if b.authors is None:
         print("no --official DIR: nothing to compare with the authors' code")
     for name in options.only:
@@ -400,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{shown(name, section)}", flush=True)
         result["sections"][name] = section
         result["seconds"] = round(time.perf_counter() - began)
-        path.write_text(json.dumps(result, indent=1) + "\n")  # after every section: a run may be cut short
+        machine.write_json(path, result, indent=1)  # after every section: a run may be cut short
     print(f"\n{result['seconds']} s; all numbers: {path}")
     return 0
 

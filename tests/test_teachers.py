@@ -1,23 +1,24 @@
-"""Networks that others published: files of every format, diffusers folders, the hub, downloads."""
+"""Networks that others published: files of every format, diffusers folders, the hub, schedulers, downloads."""
 
 import argparse
 import hashlib
 import inspect
 import json
 import sys
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from conftest import Trap
 from safetensors.torch import save_file
 
-import foreign
-from foreign import PUBLIC, download, load, public_teacher
+from distil import teachers
+from distil.process import DDPM, make_process
+from distil.teachers import PUBLIC, load, public_teacher
 from models import UNet, load_checkpoint
+
+diffusers = pytest.importorskip("diffusers")
 
 TINY = {"image_size": 8, "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
 
@@ -42,21 +43,19 @@ FORMATS = {  # what a file holds, from the last weights and their average, which
     "plain with module.": lambda last, mean: prefixed(mean),
     "ddim": lambda last, mean: [prefixed(last), {"state": {}, "param_groups": []}, 7, 1000, prefixed(mean)],
     "ddim without average": lambda last, mean: [prefixed(mean), {"state": {}}, 7, 1000],
-    "Diff-Pruning's CelebA": lambda last, mean: [last, {"state": {}}, 7, 1000, prefixed(mean)],
     "DiT": lambda last, mean: {"model": last, "ema": mean, "opt": {}, "args": argparse.Namespace(lr=1e-4)},
     "model": lambda last, mean: {"model": mean, "step": 3},
     "state_dict": lambda last, mean: {"state_dict": prefixed(mean)},
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_fills_the_network(name, zipped, tmp_path):
     last, mean = a_net(0).state_dict(), a_net(1).state_dict()
-    path = tmp_path / "model.ckpt"
-    torch.save(FORMATS[name](last, mean), path, _use_new_zipfile_serialization=zipped)
+    torch.save(FORMATS[name](last, mean), tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
     net = a_net(2).train()
-    load_checkpoint(net, path)
+    load_checkpoint(net, tmp_path / "model.ckpt")
     assert holds(net, mean) and net.training
 
 
@@ -68,19 +67,9 @@ def test_safetensors_fill_the_network_whatever_its_dtype(tmp_path):
     assert holds(net, {name: tensor.bfloat16() for name, tensor in state.items()})
 
 
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_code_is_refused_and_does_not_run(zipped, tmp_path):
-    torch.save([Bomb(tmp_path / "ran"), {}], tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+    torch.save([Trap(tmp_path / "ran"), {}], tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"model\.pth holds a pickled .* would run code from the file") as caught:
         load_checkpoint(a_net(0), tmp_path / "model.pth")
     assert not (tmp_path / "ran").exists() and "\n" not in str(caught.value)
@@ -89,8 +78,7 @@ def test_pickled_code_is_refused_and_does_not_run(zipped, tmp_path):
 @pytest.mark.parametrize("training", [False, True], ids=["pruned file", "training checkpoint"])
 def test_the_command_in_the_refusal_converts_a_pickled_module(training, tmp_path, monkeypatch):
     last, mean = a_net(0), a_net(1)
-    content = [last, {}, 7, 1000, list(mean.parameters())] if training else mean
-    torch.save(content, tmp_path / "old.pth")
+    torch.save([last, {}, 7, 1000, list(mean.parameters())] if training else mean, tmp_path / "old.pth")
     with pytest.raises(ValueError, match="python -c") as caught:
         load_checkpoint(a_net(2), tmp_path / "old.pth")
     monkeypatch.chdir(tmp_path)
@@ -111,9 +99,6 @@ def test_damaged_files_are_one_clear_error(tmp_path):
             path.write_bytes(whole[:length])
             with pytest.raises(ValueError, match=rf"{path.name} \({length:,} bytes\) is cut off, damaged, or no check"):
                 load_checkpoint(a_net(0), path)
-    (tmp_path / "page.pt").write_text("<html>Too many users have downloaded this file</html>")
-    with pytest.raises(ValueError, match=r"page\.pt .* no checkpoint"):
-        load_checkpoint(a_net(0), tmp_path / "page.pt")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         load_checkpoint(a_net(0), tmp_path / "nowhere.pt")
 
@@ -148,38 +133,29 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(tmp_path):
     assert holds(net, before)
 
 
-# ---- diffusers -------------------------------------------------------------------------------------------------------
+# ---- diffusers' UNet2DModel ------------------------------------------------------------------------------------------
 
 # the settings of the published networks, which differ from diffusers' defaults
-DDPM = {
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "downsample_padding": 0,
-    "norm_eps": 1e-6,
-    "attention_head_dim": None,
-}
+PUBLISHED = {
+    "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
+}  # fmt: skip
 SMALL = {
-    "sample_size": 16,
-    "block_out_channels": (32, 32, 64),
-    "layers_per_block": 2,
+    "sample_size": 16, "block_out_channels": (32, 32, 64), "layers_per_block": 2, "norm_num_groups": 8, "dropout": 0.1,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "dropout": 0.1,
-    **DDPM,
-}
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), **PUBLISHED,
+}  # fmt: skip
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def theirs(**settings) -> UNet2DModel:
+def theirs(**settings):
     torch.manual_seed(0)
-    net = UNet2DModel(**{**SMALL, **settings}).eval()
+    net = diffusers.UNet2DModel(**{**SMALL, **settings}).eval()
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)  # norms and biases would else be 1 and 0, and could be exchanged unnoticed
     return net
 
 
-def agree(ours: UNet, other: UNet2DModel) -> bool:
+def agree(ours: UNet, other) -> bool:
     size, channels = ours.config["image_size"], ours.config["in_channels"]
     x, t = torch.randn(3, channels, size, size), torch.tensor([0, 500, 999])
     with torch.no_grad():
@@ -217,7 +193,7 @@ def test_an_old_diffusers_folder_gives_the_same_outputs(tmp_path):
     for new, old in OLD_NAMES.items():
         state = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in state.items()}
     torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
-    early = {"sample_size", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", *DDPM}
+    early = {"sample_size", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types", *PUBLISHED}
     config = {name: value for name, value in other.config.items() if name in early | {"norm_num_groups"}}
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}))
     assert agree(load(tmp_path), other)
@@ -225,24 +201,14 @@ def test_an_old_diffusers_folder_gives_the_same_outputs(tmp_path):
 
 def test_the_published_config_is_that_of_our_table():
     config = {  # of google/ddpm-cat-256, the same network as bedroom and church
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": "0.0.4",
-        "act_fn": "silu",
-        "block_out_channels": [128, 128, 256, 256, 512, 512],
-        "center_input_sample": False,
-        "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
-        "in_channels": 3,
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 256,
-        "time_embedding_type": "positional",
-        "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
-        **DDPM,
-    }
+        "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "center_input_sample": False,
+        "block_out_channels": [128, 128, 256, 256, 512, 512], "in_channels": 3, "out_channels": 3, "sample_size": 256,
+        "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"], "layers_per_block": 2,
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4, "time_embedding_type": "positional",
+        "mid_block_scale_factor": 1, "norm_num_groups": 32, **PUBLISHED,
+    }  # fmt: skip
     with torch.device("meta"):
-        assert UNet(**foreign._diffusers_config(config)).config == UNet(**PUBLIC["lsun_church"].config).config
+        assert UNet(**teachers._unet_config(config)).config == UNet(**PUBLIC["lsun_church"].config).config
 
 
 @pytest.mark.parametrize(
@@ -254,11 +220,8 @@ def test_the_published_config_is_that_of_our_table():
         ({"flip_sin_to_cos": True}, "setting flip_sin_to_cos"),
         ({"downsample_padding": 1}, "setting downsample_padding"),
         ({"resnet_time_scale_shift": "scale_shift"}, "setting resnet_time_scale_shift"),
-        ({"time_embedding_type": "fourier"}, "setting time_embedding_type"),
         ({"num_class_embeds": 10}, "setting num_class_embeds"),
-        ({"add_attention": False}, "setting add_attention"),
         ({"_class_name": "UNet1DModel"}, "a UNet1DModel, of diffusers only UNet2DModel, UNet2DConditionModel, SD3Tr"),
-        ({"sample_size": None}, "sample_size"),
         ({"sample_size": [16, 32]}, "sample_size"),
         ({"block_out_channels": [32, 48, 64]}, "multiples of the first"),
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
@@ -275,23 +238,77 @@ def test_what_unet_cannot_express_is_refused_by_name(change, message, tmp_path):
 
 
 def test_settings_that_a_config_leaves_out_are_those_of_diffusers():
-    defaults = {
-        name: parameter.default for name, parameter in inspect.signature(UNet2DModel.__init__).parameters.items()
-    }
-    needed = foreign.DIFFUSERS_NEEDED
-    assert {name: defaults[name] for name in needed} == {**needed, **foreign.DIFFUSERS_DEFAULTS}
-    assert {name: needed[name] for name in foreign.DIFFUSERS_DEFAULTS} == DDPM
-    for name in DDPM:
+    arguments = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    defaults = {name: argument.default for name, argument in arguments.items()}
+    needed = teachers.NEEDED
+    assert {name: defaults[name] for name in needed} == {**needed, **teachers.DEFAULTS}
+    assert {name: needed[name] for name in teachers.DEFAULTS} == PUBLISHED
+    for name in PUBLISHED:
         config = {"_class_name": "UNet2DModel", **SMALL}
         del config[name]
         with pytest.raises(ValueError, match=f"setting {name}"):
-            foreign._diffusers_config(config)
+            teachers._unet_config(config)
 
 
-def test_a_diffusers_folder_without_weights_says_so(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", **SMALL}))
-    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model\.safetensors and no .*\.bin"):
+UNFILLED = {"_class_name": "UNet2DModel", **SMALL}
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (None, FileNotFoundError, r"is not a saved network: it has no model\.safetensors and no config\.json"),
+        ("{", ValueError, "cannot be loaded: "),
+        ("[]", FileNotFoundError, r"has no model\.safetensors"),
+        (json.dumps({"_class_name": ["UNet2DModel"]}), ValueError, "cannot be loaded: "),
+        (json.dumps(UNFILLED), FileNotFoundError, r"no diffusion_pytorch_model\.safetensors and no .*\.bin"),
+    ],
+)
+def test_folders_that_hold_no_network_say_what_is_missing(config, error, message, tmp_path):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(error, match=message) as caught:
         load(tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).count("cannot be loaded") < 2
+    (tmp_path / "model.safetensors").touch()
+    if config == "[]":
+        with pytest.raises(ValueError, match=r'config\.json must have a "class"'):
+            load(tmp_path)
+
+
+# ---- the scheduler of a pipeline -------------------------------------------------------------------------------------
+
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    [
+        (diffusers.PNDMScheduler(**STABLE), "sd"),
+        (diffusers.DDIMScheduler(**STABLE, prediction_type="v_prediction"), "sd-v"),
+        (diffusers.DDPMScheduler(), "ddpm"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "sd3"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "flow"),
+        (diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"), None),
+        (diffusers.DDPMScheduler(prediction_type="v_prediction"), None),
+        (diffusers.DDPMScheduler(prediction_type="sample"), None),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), None),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), None),
+    ],
+)
+def test_a_pipeline_says_for_which_process_it_was_trained(scheduler, name, tmp_path):
+    theirs(layers_per_block=1).save_pretrained(tmp_path / "unet")
+    assert load(tmp_path).process == {}
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    if name is None:
+        with pytest.raises(ValueError, match=f"describes a {type(scheduler).__name__} with settings that no process"):
+            load(tmp_path)
+        return
+    assert load(tmp_path).process == {"name": name} and load(tmp_path / "unet").process == {}
+    process = make_process(name)
+    if isinstance(process, DDPM):
+        torch.testing.assert_close(process.alpha_bar, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    else:
+        assert process.shift == scheduler.shift
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
@@ -327,13 +344,14 @@ def hub(tmp_path, monkeypatch):
 def test_a_hub_id_is_fetched_and_loaded(hub, inside, safe):
     other = theirs()
     other.save_pretrained(hub.folder / inside, safe_serialization=safe)
+    diffusers.DDPMScheduler().save_pretrained(hub.folder / "scheduler")
     if not safe and not list(hub.folder.rglob("*.bin")):  # newer diffusers write safetensors whatever they are told
         file = next(hub.folder.rglob("*.safetensors"))
         file.unlink()
         torch.save(other.state_dict(), file.with_suffix(".bin"))
-    assert agree(load("someone/ddpm"), other)
-    assert len(hub.asked) == (1 if safe else 2)
-    assert len(list(hub.cache.rglob("*model*"))) == 1
+    net = load("someone/ddpm")
+    assert agree(net, other) and net.process == {"name": "ddpm"}
+    assert len(hub.asked) == (1 if safe else 2) and len(list(hub.cache.rglob("*model*"))) == 1
 
 
 def test_our_own_students_load_from_the_hub_and_folders_come_first(hub, tmp_path):
@@ -345,115 +363,18 @@ def test_our_own_students_load_from_the_hub_and_folders_come_first(hub, tmp_path
 
 
 def test_hub_ids_that_cannot_be_fetched_say_why(hub, monkeypatch):
-    hub.error = OSError("no connection to the hub")
-    with pytest.raises(FileNotFoundError, match=r"no folder google/ddpm, and .* cannot be fetched: no connection"):
+    hub.error = OSError("no connection to the hub\nand much more")
+    with pytest.raises(FileNotFoundError, match=r"no folder google/ddpm, .* be fetched: no connection .*hub$"):
         load("google/ddpm")
     hub.error = None
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         load("google/ddpm")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match=r"no folder google/ddpm, .* pip install huggingface_hub"):
+    with pytest.raises(ImportError, match=r"no folder google/ddpm, .* pip install huggingface_hub"):
         load("google/ddpm")
     for path in ("ddpm", "a/b/c", "/a/b", "../a", "./b"):
         with pytest.raises(FileNotFoundError, match="is not a saved network"):
             load(path)
-
-
-# ---- downloads -------------------------------------------------------------------------------------------------------
-
-CONTENT = bytes(range(256)) * 1000
-MD5 = hashlib.md5(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server():
-    """A local server of one file: its `content`, where to `cut` it off, whether it knows `ranges`, tells `lengths`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked = self.headers.get("Range")
-            httpd.asked.append(asked)
-            if self.path != "/file":
-                self.send_error(404)
-                return
-            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and httpd.ranges else 0
-            if start >= len(httpd.content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(httpd.content)}")
-                self.end_headers()
-                return
-            self.send_response(206 if start else 200)
-            if httpd.lengths:
-                self.send_header("Content-Length", str(len(httpd.content) - start))
-            self.end_headers()
-            self.wfile.write(httpd.content[start : httpd.cut])
-
-        def log_message(self, *args):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.content, httpd.cut, httpd.ranges, httpd.lengths, httpd.asked = CONTENT, None, True, True, []
-    httpd.url = f"http://127.0.0.1:{httpd.server_port}/file"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield httpd
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
-
-
-def test_a_download_is_made_once(server, tmp_path, capsys):
-    path = tmp_path / "deep" / "file"
-    for _ in range(2):
-        download(server.url, path, MD5, progress=False)
-        assert path.read_bytes() == CONTENT and [f.name for f in path.parent.iterdir()] == ["file"]
-    download(server.url, path, progress=False)  # nothing to compare with
-    assert server.asked == [None]
-    path.write_bytes(b"something else")
-    download(server.url, path, MD5, progress=True)
-    assert path.read_bytes() == CONTENT and server.asked == [None, None]
-    assert "file: 100%" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_was_cut_off_goes_on(ranges, server, tmp_path):
-    server.cut, server.ranges = len(CONTENT) // 2, ranges
-    with pytest.raises(OSError, match="broke off after 128,000 of 256,000 bytes: the same command goes on"):
-        download(server.url, tmp_path / "file", MD5, progress=False)
-    assert [f.name for f in tmp_path.iterdir()] == ["file.part"]
-    server.cut = None
-    download(server.url, tmp_path / "file", MD5, progress=False)
-    assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == [None, "bytes=128000-"]
-    assert not (tmp_path / "file.part").exists()
-
-
-@pytest.mark.parametrize("found", [CONTENT, CONTENT + b"more"], ids=["complete", "too long"])
-def test_a_part_with_nothing_left_to_fetch(found, server, tmp_path):
-    (tmp_path / "file.part").write_bytes(found)
-    download(server.url, tmp_path / "file", progress=False)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert len(server.asked) == (1 if found == CONTENT else 2)
-
-
-def test_a_server_that_names_no_length(server, tmp_path):
-    server.lengths = False
-    download(server.url, tmp_path / "file", MD5, progress=False)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_wrong_checksum_leaves_nothing_behind(server, tmp_path):
-    server.content = CONTENT[::-1]
-    with pytest.raises(ValueError, match=f"256,000 bytes with md5 .* instead of {MD5}; they were removed"):
-        download(server.url, tmp_path / "file", MD5, progress=False)
-    assert not list(tmp_path.iterdir())
-
-
-def test_servers_that_do_not_answer_are_one_clear_error(server, tmp_path):
-    with pytest.raises(OSError, match=r"/nothing cannot be downloaded: .*404"):
-        download(server.url.replace("/file", "/nothing"), tmp_path / "file", progress=False)
-    with pytest.raises(OSError, match=r"cannot be downloaded: .*refused"):
-        download("http://127.0.0.1:1/file", tmp_path / "file", progress=False)
-    assert not list(tmp_path.iterdir())
 
 
 # ---- public teachers -------------------------------------------------------------------------------------------------
@@ -470,42 +391,70 @@ def test_the_table_holds_the_published_networks():
 
 
 @pytest.fixture
-def public(server, tmp_path, monkeypatch):
-    """A data set `dots` with a public teacher on the local server."""
-    torch.save(a_net(1).state_dict(), tmp_path / "remote.pt")
-    server.content = (tmp_path / "remote.pt").read_bytes()
-    entry = foreign.Public("dots.pt", server.url, hashlib.md5(server.content).hexdigest(), TINY, "google/dots")
-    monkeypatch.setitem(PUBLIC, "dots", entry)
-    return entry
+def remote(tmp_path, monkeypatch) -> Path:
+    """The file behind the public teacher of a data set `dots`."""
+    file = tmp_path / "remote.pt"
+    torch.save(a_net(1).state_dict(), file)
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(PUBLIC, "dots", teachers.Public("dots.pt", file.as_uri(), md5, TINY, "google/dots"))
+    return file
 
 
-def test_the_public_teacher_is_downloaded_once(public, server, tmp_path):
+@pytest.mark.parametrize("known", [True, False], ids=["md5", "no md5"])
+def test_the_public_teacher_is_downloaded_once(known, remote, tmp_path, monkeypatch):
+    if not known:
+        monkeypatch.setitem(PUBLIC, "dots", PUBLIC["dots"]._replace(md5=None))
+    folder, content = tmp_path / "deep" / "teachers", remote.read_bytes()
     for _ in range(2):
-        net = public_teacher("dots", tmp_path / "teachers", progress=False)
+        net = public_teacher("dots", folder)
         assert holds(net, a_net(1).state_dict()) and not net.training
-    assert len(server.asked) == 1
+        remote.unlink(missing_ok=True)  # nobody asks for it again
+    assert [file.name for file in folder.iterdir()] == ["dots.pt"]
+    remote.write_bytes(content)
+    (folder / "dots.pt").write_bytes(b"something else")
+    if known:  # only a checksum tells that this is another file
+        assert holds(public_teacher("dots", folder), a_net(1).state_dict())
+    else:
+        with pytest.raises(ValueError, match=r"dots\.pt is no teacher for dots: .* is cut off, damaged, or no checkp"):
+            public_teacher("dots", folder)
 
 
-def test_a_teacher_that_cannot_be_had_names_the_alternatives(public, server, tmp_path, monkeypatch):
-    others = (
-        r"with a browser and give it as --teacher PATH .*dots\.pt\), or use --teacher google/dots or --teacher train$"
-    )
-    server.content = b"<html>"
-    with pytest.raises(OSError, match=f"md5 .*; if that does not help, fetch {server.url} {others}"):
-        public_teacher("dots", tmp_path / "teachers", progress=False)
+@pytest.mark.parametrize(
+    ("change", "length", "message"),
+    [
+        ({}, None, "/remote.pt cannot be downloaded: .*No such file"),
+        ({"url": "http://127.0.0.1:1/file"}, 0, r"127\.0\.0\.1:1/file cannot be downloaded: .*refused"),
+        ({}, 1000, r"/remote.pt sent 1,000 bytes whose md5 is not .*; they were removed"),
+        ({"md5": None}, 1000, r"\(1,000 bytes\) is cut off, damaged, or no checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("former", [None, b"former"])
+def test_failed_downloads_name_the_alternatives(change, length, message, former, remote, tmp_path, monkeypatch):
+    public = PUBLIC["dots"]._replace(**change)
+    monkeypatch.setitem(PUBLIC, "dots", public)
+    remote.unlink() if length is None else remote.write_bytes(remote.read_bytes()[:length])
+    if former and public.md5:  # without a checksum it would be taken as it is
+        (tmp_path / "teachers").mkdir()
+        (tmp_path / "teachers" / "dots.pt").write_bytes(former)
+    others = r"with a browser and give it as --teacher PATH .*dots\.pt\), or use --teacher google/dots or --teacher "
+    with pytest.raises(OSError, match=f"{message}.*; if that does not help, fetch .* {others}train$"):
+        public_teacher("dots", tmp_path / "teachers")
+    assert all(file.read_bytes() == former for file in (tmp_path / "teachers").iterdir())
+
+
+def test_other_data_sets_have_no_public_teacher(tmp_path):
     with pytest.raises(ValueError, match=r"no public teacher is known for cats, only for celeba, .*--teacher train"):
         public_teacher("cats", tmp_path)
 
 
-def test_a_teacher_behind_a_page_for_people_is_fetched_by_hand(public, tmp_path, monkeypatch):
+def test_a_teacher_behind_a_page_for_people_is_fetched_by_hand(tmp_path, monkeypatch):
     monkeypatch.setitem(PUBLIC, "celeba", PUBLIC["celeba"]._replace(config=TINY))
-    with pytest.raises(
-        FileNotFoundError, match=r"fetch https://drive\.google\.com.* as --teacher PATH .*celeba\.pth\)"
-    ):
+    message = r"cannot be downloaded by a program: fetch https://drive\.google\.com.* as --teacher PATH .*celeba\.pth\)"
+    with pytest.raises(FileNotFoundError, match=message):
         public_teacher("celeba", tmp_path)
     mean = a_net(1).state_dict()
     torch.save([prefixed(a_net(0).state_dict()), {}, 7, 1000, prefixed(mean)], tmp_path / PUBLIC["celeba"].file)
     assert holds(public_teacher("celeba", tmp_path), mean)
     torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / PUBLIC["celeba"].file)
-    with pytest.raises(ValueError, match=r"ddim_celeba\.pth is no teacher for celeba: .* by the config"):
+    with pytest.raises(ValueError, match=r"ddim_celeba\.pth is no teacher for celeba: "):
         public_teacher("celeba", tmp_path)

@@ -1,0 +1,236 @@
+"""What came out: the evaluation at the end of a run, tables over runs, FID of saved networks.
+
+    python -m distil.evaluate RUN [RUN ...]    one table over finished runs: mean ± std over all students of a method
+    python -m distil.evaluate RUN --num 50000 --dataset celeba      FID, KID, precision, recall of its students; the
+                                               same command resumes; RUN may also be the folder of a saved network
+    python -m distil.evaluate RUN --prompts FILE --num 30000 --dataset folder --data coco --clip MODEL      the same of
+                                               networks that read text, with their CLIP score
+    torchrun --nproc-per-node 8 -m distil.evaluate -- RUN ...       shares the sampling
+
+Only `--num` looks through Inception, and only then, and from 10,000 samples on, is the word FID without an @ printed.
+`python -m distil.sample` draws images and measures nothing.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distil import data, machine, metrics, report, sample
+from distil.process import Process, process_of
+from distil.settings import FREE, Parser, Settings, option, plain
+from distil.text_to_image import ClipScore, Vae
+from models import Network
+
+MAY_DIFFER = FREE | {"kd", "seeds", "fold_steps"}  # settings of runs in one table
+
+# ---- The end of a run ------------------------------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """How one row of the table was sampled."""
+
+    net: Network
+    process: Process
+    steps: int | list[float]  # how many, or their timesteps
+
+
+def measure(
+    settings: Settings, images: data.Images, held_out: data.Images | None, teacher: Network, vae: Vae | None,
+    students: Sequence[Any], process: Process, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples the teacher and every student from the same noise and scores them: what metrics.json holds.
+
+    Writes curves.png, samples.png and, where the teacher was sampled in several ways, interpolations.png into
+    `settings.out`; with `settings.eval_samples` 0 curves.png alone. images: the train split. process: of the students,
+    each with name, method, seed, the seconds of its training, and `ema`, the network to sample.
+    """
+    folder, n = Path(settings.out), settings.eval_samples
+    found = {"settings": plain(settings), "machine": machine.describe(), "protocol": "not evaluated"}
+    found |= {"teacher": sizes(teacher), "students": []}
+    for student in students:
+        about = {"method": student.method, "seed": student.seed, "seconds": round(student.seconds, 1)}
+        found["students"].append(about | sizes(student.ema))
+    report.curves(folder / "curves.png", folder / "log.jsonl")
+    if n == 0:
+        return found
+
+    real = images.images[:50_000] if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
+    classifier = metrics.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
+    told = sample.classes_in_turn(teacher, n)
+    if teacher.conditions and not told:  # the captions of the images that `decoded` shows
+        told = images.conditions(np.linspace(0, len(images.images) - 1, n).round().astype(int))
+    options = {"seed": settings.seed, "eta": settings.eta, "guidance": settings.guidance, "device": device}
+    options |= {"cond": told, "vae": vae}
+
+    def draw(name: str, way: Way) -> Tensor:
+        return sample.sample(way.net, way.process, n, steps=way.steps, label=f"sampling {name}", **options)
+
+    def score(x: Tensor) -> dict[str, Any]:
+        return metrics.score(x, samples["teacher"], real, classifier, told.get("y"))
+
+    ways = teacher_ways(settings, teacher, process)
+    samples = {name: draw(name, way) for name, way in ways.items()}  # (n, C, H, W) each
+    found["teacher"] |= score(samples["teacher"])
+    others = [{"method": name, **sizes(teacher), **score(samples[name])} for name in ways if name != "teacher"]
+    if others:
+        found["same_steps"] = others
+    if held_out is not None:
+        labels = torch.from_numpy(held_out.labels) if "y" in told else None
+        found["floor"] = metrics.score(data.to_float(held_out.images), None, real, classifier, labels)
+    for student, row in zip(students, found["students"], strict=True):
+        way = Way(student.ema, process, settings.sample_steps)
+        x = draw(student.name, way)
+        row.update(score(x))
+        samples.setdefault(student.method, x)  # pictures show the first seed of each method
+        ways.setdefault(student.method, way)
+    report.grid(folder / "samples.png", samples, report.columns(teacher.num_classes, n))
+    sampler = process.sampler
+    if others:
+        noise = sample.interpolate(teacher.shape, settings.seed)  # turns from one start to another
+        between = {name: way.process.sample(way.net, noise.shape, way.steps, noise=noise) for name, way in ways.items()}
+        report.grid(folder / "interpolations.png", between)
+        sampler = f"teacher {sampler}, {ways['teacher'].steps} steps; others {sampler}"
+    n_floor = 0 if held_out is None else len(held_out.images)
+    found["protocol"] = report.protocol(settings, len(real), n_floor, sampler, tuple(told), classifier)
+    return found
+
+
+def sizes(net: Network) -> dict[str, int]:
+    return {"parameters": metrics.parameters(net), "macs": metrics.macs(net)}
+
+
+def teacher_ways(settings: Settings, teacher: Network, process: Process) -> dict[str, Way]:
+    """How the teacher is sampled: in its usual number of steps; in as many as the students have (plain DDIM, what one
+    would do instead); where these have other timesteps than the teacher, at those of the teacher that theirs stand for.
+    """
+    own, steps = process_of(teacher, settings.process, settings.spacing, settings.clip_x0), settings.sample_steps
+    usual = min(settings.usual_steps, own.steps)
+    ways = {"teacher": Way(teacher, own, usual)}
+    if steps != usual:
+        ways[f"teacher, {steps} steps"] = Way(teacher, own, steps)
+    if process.steps != own.steps:
+        theirs = process.phi(torch.tensor(process.timesteps(steps))).tolist()
+        if theirs != own.timesteps(steps):
+            ways[f"teacher, {steps} folded"] = Way(teacher, own, theirs)
+    return ways
+
+
+# ---- Tables over runs ------------------------------------------------------------------------------------------------
+
+
+def join(runs: Sequence[Path]) -> str:
+    """One table over finished runs, how its numbers came about, and warnings where runs do not belong in one table.
+    ValueError for a folder that is not that of a finished run."""
+    rows, protocols, settings = [], Counter(), {}
+    for run in runs:
+        path = run / "metrics.json"
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            rows += report.rows(found)
+            protocols[found["protocol"]] += 1
+            for name, value in found.get("settings", {}).items():
+                settings.setdefault(name, set()).add(json.dumps(value))
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; name the folder of a finished run") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not what train.py writes: {type(error).__name__} {error}") from error
+    lines = [report.table(rows), ""]
+    many = "WARNING, not the same for all runs: " if len(protocols) > 1 else ""
+    lines += [many + protocol for protocol in protocols]
+    mixed = {name: sorted(values) for name, values in settings.items() if len(values) > 1 and name not in MAY_DIFFER}
+    lines += [f"WARNING: ± mixes runs that differ in {name}: {', '.join(values)}" for name, values in mixed.items()]
+    students = Counter((row["method"], row["parameters"], row["seed"]) for row in rows if "seed" in row)
+    doubled = [(f"{method} with seed {seed}", times) for (method, _, seed), times in students.items() if times > 1]
+    lines += [f"WARNING: {student} is in {times} runs and counts {times} times" for student, times in doubled]
+    return "\n".join(lines)
+
+
+# ---- FID and its relatives -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flags(sample.Flags):
+    num: int | None = option(None, "sample so many images of each network and compare their features", int, low=6)
+    out: str = option("runs/evaluation", "folder for samples and scores")
+    dataset: str | None = option(None, "the real images, needed with --num", choices=tuple(data.DATASETS))
+    data: str | None = option(None, "where their files are")
+    real: int = option(50_000, "how many of them at most, evenly spaced", int, low=6)
+    mode: str = option("clean", "of clean-fid; the paper has legacy_pytorch", choices=metrics.MODES)
+    clip: str | None = option(None, "CLIP model for the CLIP score of --prompts, as openai/clip-vit-large-patch14")
+
+
+def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None) -> None:
+    """Samples the networks, on all processes; on rank 0 compares them with the real images and prints the table."""
+    rank, out = machine.rank_and_world()[0], Path(flags.out)
+    with machine.refusing("distil.evaluate"):  # all that can be wrong, before hours of sampling
+        if flags.num is None and flags.clip is None:
+            raise ValueError("--prompts needs --num or --clip; python -m distil.sample draws images of prompts")
+        if flags.num is not None and flags.dataset is None:
+            raise ValueError(f"--num needs --dataset, the real images: choose from {', '.join(data.DATASETS)}")
+        job, device = sample.prepare(runs, flags), machine.find_device(flags.device)
+        clip = None if flags.clip is None else ClipScore(flags.clip, device)
+        if rank == 0 and flags.num is not None:
+            extract = extract or metrics.Inception(flags.mode, device)
+            real = data.load(flags.dataset, flags.data, image_size=job.shape[1], channels=job.shape[0])
+        about = (job.count, job.shape)
+        rooms = {name: sample.open_samples(out / name, net, *about, **job.record) for name, net in job.nets.items()}
+    for name, net in job.nets.items():
+        sample.fill(*rooms[name], **job.arguments[name])
+        net.cpu()
+    if rank > 0:
+        return
+    if clip is not None:
+        for name, (images, _) in rooms.items():
+            print(f"CLIP score {clip(images, job.prompts):.4f}  {name}")
+    if flags.num is not None:
+        print(fid(flags, job, rooms, real, extract))
+
+
+def fid(flags: Flags, job: sample.Job, rooms: dict[str, list], real: data.Images, extract: metrics.Extract) -> str:
+    """The table of the networks' images against real ones; writes scores.json beside them. rooms: of `open_samples`."""
+    real_features, how = metrics.reference(real, extract, count=flags.real), job.record
+    sampler = next(iter(job.arguments.values()))["process"].sampler
+    protocol = (
+        f"features {extract.__name__}, precision and recall k=5; {len(real_features)} of {len(real.images)} images of "
+        f"{real.name} (train), {job.count} generated, stored in 8 bits; {sampler}, {how['steps']} steps "
+        f"({how['spacing']}), eta {how['eta']:g}, guidance {how['guidance']:g}; "
+        f"{'bf16' if how['bf16'] else 'float32'}; seed {how['seed']}"
+    )
+    device, rows = machine.find_device(flags.device), []
+    search = device if device.type == "cuda" else "cpu"  # in float64, which mps lacks
+    for name, net in job.nets.items():
+        images, done = rooms[name]
+        fake = metrics.features(extract, images, batch=100, label=f"features of {name}")
+        row = {"name": name, "n": job.count, **metrics.feature_scores(real_features, fake, search)}
+        row |= {"non_finite": int((done == 2).sum()), **sizes(net)}
+        about = {"protocol": protocol, "machine": machine.describe()}
+        machine.write_json(Path(flags.out) / name / "scores.json", row | about)
+        rows.append(row)
+    return f"{report.fid_table(rows, extract.__name__)}\n\n{protocol}"
+
+
+def main(argv: list[str] | None = None, extract: metrics.Extract | None = None) -> int:
+    """The command; `extract` stands for Inception."""
+    parser = Parser("distil.evaluate", __doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or with --num of a network")
+    parser.add_options(Flags)
+    flags, given = parser.read(argv, Flags, "runs")
+    if flags.num is None and flags.prompts is None:
+        with machine.refusing("distil.evaluate"):
+            print(join(given["runs"]))
+        return 0
+    with machine.processes("cpu", hours=7 * 24):  # they only wait, for each other and while rank 0 prepares real images
+        compare(given["runs"], flags, extract)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

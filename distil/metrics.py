@@ -1,0 +1,301 @@
+"""The numbers: sizes, Frechet distance, kernel distance, precision and recall, and the features that they are taken on.
+
+What every run measures, and on what:
+
+    frechet_pixels     Frechet distance of Gaussians fitted to the pixels in [-1, 1] (of 16x16 block means if larger)
+    frechet_digits     the same on 64 features of a small digit classifier that is trained here; None for other data
+    precision, recall  k-nearest-neighbour manifolds with k = 5, on the digit features, on other data the pixels
+    teacher_mse        mean squared distance to the teacher's final samples from the same noise, in [-1, 1] units
+    saturated          share of pixels with |x| > 1.2: how far the sampler left the range of images
+    non_finite         number of generated images that hold a NaN or an infinity
+    right_class        of networks that are told the class: share of the samples that the digit classifier finds in it
+
+The first four see samples clamped to [-1, 1] and rounded to 8 bits, as a viewer does, the others the raw output of the
+sampler. None compares with numbers from an Inception network, and a Frechet distance shrinks as the number of images
+grows: compare within one table, against its floor (real images against real ones) and its teacher.
+
+An extractor is a function with a name: uint8 images (B, C, H, W) -> features (B, D) float32.
+"""
+
+import copy
+import hashlib
+import math
+import pickle
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from distil import data, machine
+from models import Network
+
+SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
+MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
+Extract = Callable[[Tensor], Tensor]
+
+
+def parameters(net: nn.Module) -> int:
+    """Number of parameters, trainable or not."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def macs(net: Network, shape: Sequence[int] | None = None) -> int:
+    """Multiply-adds of one forward pass of one sample of `shape` (C, H, W), by default `net.shape`.
+
+    Counted by torch-pruning, as in the paper, on tensors without numbers: convolutions, linear layers and norms; the
+    products inside attention for transformers only (there the paper's counter knows them).
+    """
+    from torch_pruning.utils import count_ops_and_params
+
+    x, t = torch.empty(1, *(shape or net.shape), device="meta"), torch.empty(1, device="meta")
+    one = {"y": torch.tensor(0)} if net.num_classes is not None else net.no_condition() or {}  # the cond of one sample
+    cond = {key: torch.empty(1, *value.shape, dtype=value.dtype, device="meta") for key, value in one.items()}
+    return int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t, cond))[0]) + net.attention_macs()
+
+
+# ---- Features --------------------------------------------------------------------------------------------------------
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The pixels in [-1, 1]; of images larger than 16x16 the block means, so that D stays below their number."""
+    size = [min(side, 16) for side in images.shape[2:]]
+    return F.adaptive_avg_pool2d(images / 127.5 - 1, size).flatten(1)
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional network on gray images (N, 1, H, W), H = W >= 8, with 64 features before its ten scores."""
+
+    accuracy = math.nan  # share of the held-out digits that it names correctly
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(8),  # (N, 16, 8, 8)
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),         # (N, 32, 4, 4)
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),            # (N, 1024)
+            nn.Linear(1024, 64), nn.ReLU(),                                      # (N, 64)
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(data.to_float(images)))  # (N, 10)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        return self.trunk(data.to_float(images))  # (N, 64)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        return self(images).argmax(1)  # (N,), the most likely digits
+
+
+def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps: int = 400) -> DigitClassifier:
+    """The ruler of `frechet_digits`: trained once on the digits' train split (seconds), afterwards read from `cache`.
+    Its seeds are fixed: a ruler must not change with what it measures. Its accuracy is that on the test split."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+
+    # v1: count up when the network or its training changes
+    path = Path(cache) / f"digit-classifier-{image_size}-{steps}-v1.safetensors"
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(0)
+        net = DigitClassifier()
+        try:
+            with safe_open(path, "pt") as file:
+                net.accuracy = float(file.metadata()["accuracy"])
+            net.load_state_dict(load_file(path))
+            return net.eval()
+        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError):
+            pass  # there is none, or not a whole one: it is made anew
+        train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
+        images, labels = torch.tensor(train.images), torch.tensor(train.labels)
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        for _ in tqdm(range(steps), desc="digit classifier", leave=False):
+            pick = torch.randint(len(images), (64,))
+            shift = torch.randint(-1, 2, (2,)).tolist()  # up to a pixel each way, for there are few images
+            loss = F.cross_entropy(net(images[pick].roll(shift, (2, 3))), labels[pick])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    net.eval().accuracy = np.mean(net.predict(test.images).numpy() == test.labels).item()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with machine.whole(path) as part:
+        save_file(net.state_dict(), part, metadata={"accuracy": repr(net.accuracy)})
+    return net
+
+
+class Inception:
+    """The features of FID: images (B, C, H, W) uint8, gray or colour -> (B, 2048) float32, resized as clean-fid does.
+
+    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: the paper's) or `legacy_tensorflow`.
+    network: (B, 3, 299, 299) floats 0 .. 255 on `device` -> features; None: clean-fid's, with the published weights.
+    """
+
+    def __init__(self, mode: str = "clean", device: torch.device | str = "cpu", network: Extract | None = None):
+        from cleanfid.resize import build_resizer
+
+        self.__name__, self.device = f"inception-{mode}", torch.device(device)
+        self.pool, self.resizer = ThreadPoolExecutor(), build_resizer(mode)
+        self.network = network or inception(mode, self.device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        resized = np.stack(list(self.pool.map(self.resizer, colour)))  # (B, 299, 299, 3); not in legacy_tensorflow
+        return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(self.device)).float().cpu()
+
+
+def inception(mode: str, device: torch.device) -> Extract:
+    """The network of FID as clean-fid has it, its weights (95 MB) downloaded; ValueError if they cannot be read."""
+    from cleanfid.downloads_helper import inception_url
+    from cleanfid.features import build_feature_extractor
+    from cleanfid.inception_pytorch import FID_WEIGHTS_URL
+
+    # clean-fid has both folders in its code
+    url, folder = inception_url, Path("." if platform.system() == "Windows" else "/tmp")
+    if mode == "legacy_pytorch":
+        url, folder = FID_WEIGHTS_URL, Path(torch.hub.get_dir(), "checkpoints")
+    path = folder / url.rpartition("/")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not path.exists():
+            torch.hub.download_url_to_file(url, path)  # renamed when whole
+        return build_feature_extractor(mode, device, use_dataparallel=False)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
+        raise ValueError(f"--mode {mode} needs the Inception weights {path} ({reason}): {remedy}") from error
+
+
+def features(
+    extract: Extract, images: Tensor | np.ndarray, *, batch: int = 1000, rows: np.ndarray | None = None, label: str = ""
+) -> Tensor:
+    """extract(...) of images (N, C, H, W) uint8, or of `rows` of them, `batch` at a time: (N, D) on the CPU."""
+    rows = np.arange(len(images)) if rows is None else rows
+    starts = tqdm(range(0, len(rows), batch), desc=label, unit="img", unit_scale=batch, leave=False, disable=not label)
+    return torch.cat([extract(torch.as_tensor(images[rows[i : i + batch]])).cpu() for i in starts])
+
+
+def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache: str | Path = data.CACHE) -> Tensor:
+    """Features (N, D) float32 of N = min(count, all) train images evenly spaced over `real`, kept in `cache` under a
+    hash of 64 of the images among other things: another folder, crop or order is another file."""
+    rows = np.linspace(0, len(real.images) - 1, min(count, len(real.images))).round().astype(int)
+    key = hashlib.sha256(real.images[rows[:: math.ceil(len(rows) / 64)]].tobytes()).hexdigest()[:8]
+    size = "x".join(map(str, real.images.shape[1:]))
+    path = Path(cache) / f"features-{real.name}-{size}-train-{len(rows)}-{extract.__name__}-{key}.npy"
+    if not path.exists():
+        found = features(extract, real.images, batch=100, rows=rows, label=f"features of {real.name}").float()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with machine.whole(path) as part, part.open("wb") as file:
+            np.save(file, found.numpy())
+    return torch.from_numpy(np.load(path))
+
+
+# ---- Distances -------------------------------------------------------------------------------------------------------
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to features (N, D) and (M, D), N and M >= 2 (Heusel et al. 2017).
+
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2 in float64. The last trace is the sum of the square roots of the
+    eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric: singular covariances (pixels that never change) do no harm.
+    Features that are not finite are infinitely far away.
+    """
+    if real.shape[1:] != fake.shape[1:] or real.ndim != 2 or min(len(real), len(fake)) < 2:
+        raise ValueError(f"frechet needs (N, D) and (M, D), N, M >= 2, not {tuple(real.shape)} and {tuple(fake.shape)}")
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        return math.inf
+    (m1, s1), (m2, s2) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (real.double(), fake.double()))  # (D, D)
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * overlap).item())
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 512) -> tuple[float, float]:
+    """Precision and recall of features (N, D) and (M, D), N and M > k (Kynkäänniemi et al. 2019, as prdc has them).
+
+    Each point has a ball that ends at its k-th neighbour in its own set. Precision is the share of fakes strictly
+    inside the ball of a real, recall that of reals strictly inside the ball of a fake. `chunk` rows of distances are
+    held at a time: 50,000 x 50,000 in 2,048 dimensions fits in 4 GB.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall with k={k} need more than {k} images, not {len(real)} and {len(fake)}")
+    centre = real.mean(0, dtype=torch.float64)
+    real, fake = real - centre, fake - centre  # float64; near 0, |a|^2 - 2ab + |b|^2 keeps its digits
+
+    def distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:  # squared, (chunk, len(b)) at a time
+        norms = torch.linalg.vector_norm(b, dim=1).square()  # b.square() would be another copy of b
+        for rows in a.split(chunk):
+            yield torch.addmm(norms, rows, b.T, alpha=-2).add_(rows.square().sum(1, keepdim=True))
+
+    def radii(x: Tensor) -> Tensor:  # the nearest of k + 1 is the point itself
+        return torch.cat([d.topk(k + 1, largest=False).values.amax(1) for d in distances(x, x)])
+
+    real_radii, fake_radii = radii(real), radii(fake)
+    real_inside, fake_inside = [], torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    for d, radius in zip(distances(real, fake), real_radii.split(chunk), strict=True):
+        real_inside.append((d < fake_radii).any(1))
+        fake_inside |= (d < radius[:, None]).any(0)
+    return fake_inside.double().mean().item(), torch.cat(real_inside).double().mean().item()
+
+
+def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000) -> float:
+    """KID of features (N, D) and (M, D) as clean-fid has it (Bińkowski et al. 2018), always on the same subsets."""
+    from cleanfid.fid import kernel_distance as clean_fid
+
+    state = np.random.get_state()  # numpy's global random numbers, which clean-fid takes
+    np.random.seed(0)
+    try:
+        return clean_fid(real.numpy(), fake.numpy(), subsets, size)
+    finally:
+        np.random.set_state(state)
+
+
+def feature_scores(real: Tensor, fake: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
+    """frechet (FID on Inception's), kid, precision, recall of features (N, D) and (M, D), float32 on the CPU, N, M > 5.
+    device: of the neighbour search, which takes minutes on a CPU for 50,000 images."""
+    precision, recall = precision_recall(real.to(device), fake.to(device))
+    scores = {"frechet": frechet(real, fake), "kid": kernel_distance(real, fake)}
+    return {**scores, "precision": precision, "recall": recall}
+
+
+def score(
+    samples: Tensor, teacher_samples: Tensor | None, real: Tensor | np.ndarray,
+    classifier: DigitClassifier | None = None, labels: Tensor | None = None,
+) -> dict[str, float | int | None]:  # fmt: skip
+    """The `SCORES` of samples (n, C, H, W) in [-1, 1] units, not clamped, against real images (N, C, H, W) uint8.
+
+    With any non-finite image the Frechet distances and teacher_mse are infinite; such an image lies in no ball, which
+    lowers precision, and its non-finite pixels count as saturated. teacher_samples: from the same noise, or None. With
+    labels (n,), the classes that the samples were made for, and a classifier, right_class is measured too.
+    """
+    finite = samples.flatten(1).isfinite().all(1)  # (n,)
+    images = data.to_uint8(samples[finite])  # (m, C, H, W)
+    near = classifier.features if classifier else pixels  # the features in which neighbours are looked for
+
+    def distance(extract: Extract) -> float:
+        return frechet(features(extract, real), features(extract, images)) if finite.all() else math.inf
+
+    scores: dict[str, float | int | None] = {}
+    if classifier and labels is not None:
+        scores["right_class"] = (classifier.predict(images) == labels[finite]).double().sum().item() / len(samples)
+    scores["frechet_pixels"] = distance(pixels)
+    scores["frechet_digits"] = distance(classifier.features) if classifier else None
+    precision, recall = 0.0, 0.0
+    if len(images) > 5:
+        precision, recall = precision_recall(features(near, real), features(near, images))
+    scores |= {"precision": precision * len(images) / len(samples), "recall": recall, "teacher_mse": None}
+    if teacher_samples is not None:
+        mse = (samples.double() - teacher_samples).square().mean().item()
+        scores["teacher_mse"] = math.inf if math.isnan(mse) else mse
+    scores["saturated"] = 1 - (samples.abs() <= 1.2).double().mean().item()  # put this way round, NaN counts
+    scores["non_finite"] = len(samples) - len(images)
+    return scores

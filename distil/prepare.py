@@ -1,0 +1,449 @@
+"""From settings to a checked run: data, teacher, students. What cannot work is refused before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distil import data, importance, teachers, text_to_image
+from distil.fast_loss import place
+from distil.machine import find_device, hash_seed, on_device, rank_0_first, rank_and_world, say
+from distil.process import Process, process_of
+from distil.settings import EVALUATION, FREE, SD_STUDENTS, Settings, flag, plain, preset
+from distil.students import autocast
+from models import DiT, Network, UNet, check_blocks, load_checkpoint, prune_channels, prune_depth, uniform_blocks
+
+
+class Batch(NamedTuple):
+    """What a step shows to teacher and students alike; B samples of shape C, H, W."""
+
+    x0: Tensor  # (B, C, H, W), clean
+    noise: Tensor  # (B, C, H, W)
+    x_t: Tensor  # (B, C, H, W), noised
+    target: Tensor  # (B, C, H, W), what the process asks for
+    t: Tensor  # (B,)
+    cond: dict[str, Tensor]  # of the networks, (B, ...) each; {} for those that take none
+
+    def part(self, rows: slice) -> Batch:
+        return Batch(*(x[rows] for x in self[:-1]), {key: value[rows] for key, value in self.cond.items()})
+
+
+def batches(
+    settings: Settings, images: data.Images, process: Process, net: Network, start: int = 0, whole: bool = False
+) -> Iterator[Batch]:
+    """The batches of steps start, start + 1, ... as this process sees them: its share, or with `whole` all rows.
+
+    What is random is drawn for the whole batch from (seed, step), so it does not depend on the number of processes.
+
+    net: says which conditions the networks take, and in what share of the samples they are dropped, for teacher and
+    students alike, so that samples can be guided; the batches lie on its device. `whole` ones are not mirrored.
+    """
+    rank, world = (0, 1) if whole else rank_and_world()
+    rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
+    flip = images.flip and not whole
+    with contextlib.closing(data.batches(images, settings.batch_size, settings.seed, start, rows=rows)) as stream:
+        for step, (pixels, cond) in enumerate(stream, start):
+            yield draw(settings, pixels, cond, process, net, step, flip, rows)
+
+
+def draw(
+    settings: Settings, pixels: Tensor, cond: dict[str, Tensor], process: Process, net: Network, step: int,
+    flip: bool, rows: slice = slice(None),
+) -> Batch:  # fmt: skip
+    """The `rows` of the batch of a step: images in [-1, 1] or latents, noise, times, conditions.
+
+    pixels: (B, C, H, W) uint8, the images of these rows; or (B, 2, C, H, W) float32, latents of an image and its mirror
+    image. cond: what the data knows of them. net: as of `batches`.
+    """
+    device = next(net.parameters()).device
+    generator = torch.Generator(device).manual_seed(hash_seed(settings.seed, step))
+
+    def uniform() -> Tensor:  # (B,)
+        return torch.rand(settings.batch_size, generator=generator, device=device)[rows]
+
+    pixels = pixels.to(device, non_blocking=True)
+    mirrored = uniform() < 0.5 if flip else torch.zeros(len(pixels), dtype=torch.bool, device=device)  # (B,)
+    if pixels.dtype == torch.uint8:
+        x0 = data.mirror(data.to_float(pixels), mirrored) if flip else data.to_float(pixels)  # (B, C, H, W)
+    else:
+        x0 = pixels[torch.arange(len(pixels), device=device), mirrored.long()]  # (B, C, H, W)
+    noise = torch.randn(settings.batch_size, *x0.shape[1:], generator=generator, device=device)[rows]  # (B, C, H, W)
+    t = process.sample_t(settings.batch_size, generator=generator, device=device)[rows]  # (B,)
+    cond = {key: cond[key].to(device, non_blocking=True) for key in net.conditions}
+    if net.condition_dropout > 0:
+        dropped = uniform() < net.condition_dropout  # (B,)
+        for key, null in net.no_condition().items():
+            shape = (-1, *[1] * (cond[key].ndim - 1))
+            cond[key] = torch.where(dropped.reshape(shape), null.to(cond[key]), cond[key])
+    return Batch(x0, noise, process.add_noise(x0, noise, t), process.target(x0, noise, t), t, cond)
+
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What `prepare` found out before anything is written."""
+
+    settings: Settings
+    device: torch.device
+    images: data.Images  # to train on
+    held_out: data.Images | None  # never trained on: says how low a distance can get
+    teacher: Network | None  # None: has to be trained first,
+    teacher_checkpoint: dict[str, Any] | None  # from here on
+    student: Network | None  # None: made from the teacher
+    vae: text_to_image.Vae | None  # of latents, to look at samples
+    checkpoint: dict[str, Any] | None
+    metrics: dict[str, Any] | None  # of the finished run, if it is one
+
+
+def prepare(settings: Settings) -> Run:
+    """Load and check everything a run needs; writes nothing.
+
+    ValueError, OSError: one sentence that says what is wrong and what would work.
+    """
+    check_machine(settings)
+    device = find_device(settings.device)
+    images, held_out = open_data(settings)
+    with rank_0_first():  # what rank 0 downloads the others find
+        teacher, teacher_checkpoint = open_teacher(settings, images)
+    student = None
+    if settings.student is not None and settings.student not in SD_STUDENTS:
+        student = open_network("--student", settings.student, settings, images)
+    check_students(settings, images, teacher, student)
+    check_steps(settings, teacher, student)
+    vae = open_vae(settings, images, device)
+    checkpoint = read_checkpoint(settings, Path(settings.out))
+    metrics = read_metrics(settings, Path(settings.out))
+    return Run(settings, device, images, held_out, teacher, teacher_checkpoint, student, vae, checkpoint, metrics)
+
+
+def check_machine(settings: Settings) -> None:
+    """ValueError where the processes or libraries that the settings need are not there."""
+    world = rank_and_world()[1]
+    if settings.batch_size % world:
+        raise ValueError(f"--batch-size {settings.batch_size} cannot be split over {world} processes: give a multiple")
+    if settings.fsdp and not dist.is_initialized():
+        raise ValueError("--fsdp splits the students over several processes: start them with torchrun")
+    if settings.log != "jsonl" and importlib.util.find_spec(settings.log) is None:
+        raise ValueError(f"--log {settings.log} needs a library that is not installed: pip install {settings.log}")
+
+
+def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
+    """The images to train on, and those that are held out where there are such."""
+    with rank_0_first():  # it downloads and decodes; the others find the result
+        images = data.load(settings.dataset, settings.data, image_size=settings.image_size)
+    n = len(images.images)
+    if settings.eval_samples and n < 6:
+        remedy = "add images, or evaluate nothing with --eval-samples 0"
+        raise ValueError(f"{settings.data} holds {n} images, too few to compare samples with: {remedy}")
+    probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
+    place(probe, probe, group_size=settings.group_size)  # refuses a group size that does not fit
+    if settings.dataset != "digits":
+        return images, None
+    return images, data.load("digits", image_size=settings.image_size, split="test")
+
+
+def open_teacher(settings: Settings, images: data.Images) -> tuple[Network | None, dict[str, Any] | None]:
+    """The teacher, and None; or, where it has to be trained first, None and the checkpoint of its training if any."""
+    if settings.arch not in NEW and settings.teacher in ("auto", "train"):
+        raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
+    if settings.teacher != "train":
+        return open_network("--teacher", settings.teacher, settings, images), None
+    with torch.device("meta"):
+        new_network(settings, images)  # refuses data that no teacher can be made for
+    own = teacher_settings(settings)
+    folder = Path(own.out) / "teacher"
+    if (folder / "config.json").exists():
+        return teachers.load(folder), None
+    return None, read_checkpoint(own, Path(own.out))
+
+
+def open_network(name: str, where: str, settings: Settings, images: data.Images) -> Network:
+    """A network for these images: a saved folder, a hub id, a public checkpoint file, or `auto`.
+
+    ValueError, OSError: it is not there, cannot be read, or is made for other images.
+    """
+    if Path(where).is_file():
+        net = new_network(settings, images)
+        load_checkpoint(net, where)
+    else:
+        net = teachers.public_teacher(settings.dataset) if where == "auto" else teachers.load(where)
+    what, theirs = f"{name} {where}", net.process.get("name", settings.process)
+    if net.arch != settings.arch:
+        raise ValueError(f"{what} is a {type(net).__name__}: it goes with --arch {net.arch}, not {settings.arch}")
+    if theirs != settings.process:
+        raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
+    if net.predicts_variance and settings.is_flow:
+        raise ValueError(f"{what} predicts a variance, of which the process {settings.process} has none")
+    check_conditions(what, net.conditions, settings, images)
+    try:
+        net.fit(images.shape, images.no_condition, settings.caption_dropout)
+    except ValueError as error:
+        raise ValueError(f"{what} does not fit {settings.data or settings.dataset}: {error}") from error
+    if net.num_classes is not None and images.labels.max() >= net.num_classes:
+        known = f"the classes 0 to {net.num_classes - 1}, but the data has a class {images.labels.max()}"
+        raise ValueError(f"{what} knows {known}: use a network made for such")
+    return net
+
+
+def check_conditions(network: str, conditions: tuple[str, ...], settings: Settings, images: data.Images) -> None:
+    """ValueError where a network needs to be told what the data does not know."""
+    if "y" in conditions and images.labels is None:
+        remedy = "put its images into one folder a class"
+        raise ValueError(f"{network} needs classes, and {settings.data} has none: {remedy}")
+    if "text" in conditions and images.no_condition is None:
+        remedy = "make its latents with python -m distil.latents --text PIPELINE"
+        raise ValueError(f"{network} needs captions, and {settings.data} has none: {remedy}")
+
+
+def check_students(settings: Settings, images: data.Images, teacher: Network | None, student: Network | None) -> None:
+    """ValueError where the students that the settings ask for cannot be made."""
+    with torch.device("meta"):
+        source = teacher or new_network(settings, images)
+    if source.pruning == "stages" and settings.student is None:
+        raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
+    if student is not None and len(student.blocks) > len(source.blocks):
+        more = f"{len(student.blocks)} blocks, its teacher {len(source.blocks)}"
+        raise ValueError(f"--student {settings.student} has {more}: use a student with at most as many")
+    if source.pruning != "blocks" or student is not None:
+        return
+    depth = len(source.blocks)
+    if settings.keep is not None:
+        check_blocks(depth, settings.keep)
+    n = kept_blocks(settings, depth)
+    if len(settings.seeds) > 1 and settings.depth_method == "random" and n in (1, 2, depth):
+        same = "the seeds would draw the same ones, for the first and the last always stay"
+        raise ValueError(
+            f"--prune {settings.prune:g} keeps {n} of {depth} blocks: {same}; give one seed, or another --prune"
+        )
+
+
+def check_steps(settings: Settings, teacher: Network | None, student: Network | None) -> None:
+    """ValueError where the timesteps of the run, of its teacher and of a given student do not go together."""
+    total, fold = 1000 if teacher is None else process_of(teacher, settings.process).steps, settings.fold_steps
+    has = fold or total
+    if fold is not None and total != 1000 and total % fold:
+        theirs = f"--teacher {settings.teacher}, which has {total} timesteps: take a divisor of {total}"
+        raise ValueError(f"--fold-steps {fold} does not match {theirs}")
+    if settings.sample_steps > has:
+        raise ValueError(f"--sample-steps {settings.sample_steps} cannot be used, the teacher has {has} timesteps")
+    own = has if student is None else student.process.get("fold", has)
+    if own != has:
+        remedy = f"use --fold-steps {own}, or another student"
+        raise ValueError(f"--student {settings.student} has {own} timesteps, this run {has}: {remedy}")
+
+
+def open_vae(settings: Settings, images: data.Images, device: torch.device) -> text_to_image.Vae | None:
+    """The VAE that shows what latents look like, if samples are to be drawn; ValueError if it is not the data's."""
+    if images.record is None or not settings.eval_samples:
+        return None
+    where = settings.vae or images.record["vae"]
+    if where is None:
+        remedy = "name it with --vae, or evaluate nothing with --eval-samples 0"
+        raise ValueError(f"{settings.data} does not say which VAE made its latents: {remedy}")
+    vae = text_to_image.Vae(where, device)
+    vae.check(images.record)
+    return vae
+
+
+# ---- What an earlier run left ----------------------------------------------------------------------------------------
+
+
+def read_checkpoint(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint of a run, or None if it has none.
+
+    ValueError: the file cannot be read (it is kept aside), or belongs to a run with other settings (named).
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own: many kinds come out of a damaged file
+        aside = path.with_name(f"checkpoint.pt.broken-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        raise ValueError(
+            f"{path} cannot be read (truncated or damaged), so it was moved to {aside}: the same command now starts "
+            f"this run from step 0, or put a good copy at {path} and it resumes from there"
+        ) from error
+    refuse_other_settings(settings, checkpoint["settings"], path)
+    return checkpoint
+
+
+def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """The metrics of a finished run; None if there is none, or if it was evaluated otherwise."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return None
+    metrics = json.loads(path.read_text("utf-8"))
+    refuse_other_settings(settings, metrics["settings"], path)
+    now = plain(settings)
+    return metrics if all(metrics["settings"].get(name) == now[name] for name in EVALUATION) else None
+
+
+def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path) -> None:
+    """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
+    now = plain(settings)
+    differ = [name for name in now if name not in FREE | EVALUATION and now[name] != former.get(name)]
+    if differ:
+        changes = ", ".join(f"{flag(name)} was {former.get(name)}, is {now[name]}" for name in differ)
+        raise ValueError(f"{path} is of a run with other settings ({changes}): give the former ones, or another --out")
+
+
+# ---- Teachers --------------------------------------------------------------------------------------------------------
+
+
+def new_unet(settings: Settings, images: data.Images, config: dict[str, Any]) -> UNet:
+    channels, size, _ = images.shape
+    return UNet(size, channels, channels=settings.channels, dropout=settings.dropout, **config)
+
+
+def new_dit(settings: Settings, images: data.Images, config: dict[str, Any]) -> DiT:
+    check_conditions("--arch dit", ("y",), settings, images)
+    channels, size, _ = images.shape
+    classes = 1000 if settings.dataset == "imagenet" else int(images.labels.max()) + 1
+    config = {"num_classes": classes, "learn_sigma": not settings.is_flow, **config}
+    return DiT(size, in_channels=channels, hidden_size=settings.channels, **config)
+
+
+NEW: dict[str, Callable] = {"unet": new_unet, "dit": new_dit}  # --arch of which a teacher can be trained here
+
+
+def new_network(settings: Settings, images: data.Images) -> Network:
+    """The untrained teacher of a data set."""
+    config = preset(settings.dataset, settings.prune, settings.arch)["network"]
+    return NEW[settings.arch](settings, images, config)
+
+
+def teacher_settings(settings: Settings) -> Settings:
+    """The run that trains the teacher: the same loop, with one unpruned student and the data alone."""
+    shared = ("dataset", "arch", "data", "image_size", "seed", "batch_size", "warmup", "decay", "lr_end", "clip", "ema",
+              "dropout", "channels", "constants", "process", "precision", "compile", "accumulate")  # fmt: skip
+    own = {name: getattr(settings, name) for name in shared} | {"steps": settings.teacher_steps}
+    own |= {"lr": settings.teacher_lr, "prune": 0.0, "kd": ("none",), "seeds": (settings.seed,), "eval_samples": 0}
+    own |= {"lambda_diff": 1.0}
+    network = preset(settings.dataset, settings.prune, settings.arch)["network"]
+    key = hashlib.sha256(json.dumps([own, network]).encode()).hexdigest()[:8]
+    watch = {name: getattr(settings, name) for name in FREE - {"out"}}
+    return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
+
+
+# ---- Students --------------------------------------------------------------------------------------------------------
+
+Loss = Callable[[Tensor, Batch], Tensor]  # (output of a network, batch) -> the diffusion loss, ()
+
+
+def smaller(run: Run, teacher: Network, process: Process, loss: Loss) -> list[Network]:
+    """The network that the students of each seed start from: some of the teacher's channels, blocks or stages."""
+    if run.student is not None:
+        return [run.student] * len(run.settings.seeds)
+    return [SMALLER[teacher.pruning](run, teacher, process, loss, seed) for seed in run.settings.seeds]
+
+
+def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:
+    settings = run.settings
+    # a checkpoint brings its own weights: then any channels will do
+    importance_of = settings.importance if run.checkpoint is None else "magnitude"
+    if importance_of == "taylor" and any(p.grad is None for p in teacher.parameters()):
+        # all 1000 timesteps as published, but never more passes than the distillation itself makes
+        timesteps = range(0, process.steps, max(1, process.steps // settings.steps))
+        batch = first_batch(run, teacher, process)
+        importance.accumulate_gradients(teacher, process, batch.x0, batch.noise, settings.taylor_threshold, timesteps)
+    return prune_channels(teacher, settings.prune, importance_of, settings.norm_groups, seed=seed)
+
+
+def of_stages(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:
+    torch.manual_seed(hash_seed(seed))  # of the weights of C_* students, which are not the teacher's
+    return text_to_image.bk_sdm(teacher, run.settings.student)
+
+
+def of_blocks(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:
+    settings, depth = run.settings, len(teacher.blocks)
+    n = kept_blocks(settings, depth)
+    # a checkpoint brings its own weights: then any blocks will do
+    method = settings.depth_method if run.checkpoint is None else "uniform"
+    if settings.keep is not None or n == depth:
+        keep = list(settings.keep or range(depth))
+    elif method == "first":
+        keep = list(range(n))
+    elif method == "random":
+        keep = importance.random_blocks(depth, n, seed)
+    elif method == "shortgpt":
+        batch = first_batch(run, teacher, process)
+        influence = importance.block_influence(teacher, process, batch.x0, batch.noise, batch.cond)
+        influence[-1] = math.inf  # the last one always stays
+        keep = same_on_all(sorted(influence.topk(n).indices.tolist()), run.device)
+    elif method == "learned":
+        keep = same_on_all(learned(run, teacher, process, loss, n, seed), run.device)
+    else:
+        keep = uniform_blocks(depth, n)
+    if run.checkpoint is None:
+        say(f"seed {seed}: the students keep the blocks {', '.join(map(str, keep))} of {depth}")
+    return prune_depth(teacher, keep)
+
+
+SMALLER = {"channels": of_channels, "stages": of_stages, "blocks": of_blocks}  # by `Network.pruning`
+
+
+def kept_blocks(settings: Settings, depth: int) -> int:
+    """How many of `depth` blocks stay."""
+    return max(1, round(depth * (1 - settings.prune)))
+
+
+def same_on_all(keep: list[int], device: torch.device) -> list[int]:
+    """What was measured may differ by rounding between processes: rank 0 decides."""
+    if not dist.is_initialized():
+        return keep
+    chosen = torch.tensor(keep, device=device)
+    dist.broadcast(chosen, 0)
+    return chosen.tolist()
+
+
+def learned(run: Run, teacher: Network, process: Process, loss: Loss, n: int, seed: int) -> list[int]:
+    """The n blocks that TinyFusion's learned choice leaves."""
+    stream = batches(run.settings, run.images, process, teacher)
+
+    def of_step(net: nn.Module, step: int) -> Tensor:
+        batch = next(stream)
+        with autocast(run.settings, run.device):
+            output = net(batch.x_t, batch.t, batch.cond)
+        return loss(output, batch)
+
+    with contextlib.closing(stream):
+        return importance.learned_blocks(teacher, n, of_step, run.settings.depth_steps, seed=seed)
+
+
+def first_batch(run: Run, net: Network, process: Process) -> Batch:
+    """One whole batch, from which pruning learns what matters."""
+    with contextlib.closing(batches(run.settings, run.images, process, net, whole=True)) as stream:
+        return next(stream)
+
+
+def start_of(run: Run, net: Network, seed: int, process: dict[str, Any]) -> Network:
+    """A copy of `net` as a student of this seed starts: on the device, trainable, with the dropout of the settings.
+
+    process: how it will understand time, as `Network.process`.
+    """
+    settings, net = run.settings, copy.deepcopy(net)
+    net.process = process
+    if settings.init == "random":
+        torch.manual_seed(hash_seed(seed))
+        net.reset_parameters()
+    if settings.recompute:
+        net.recompute()
+    net.set_dropout(settings.dropout)
+    return on_device(net, run.device).requires_grad_(True)

@@ -1,0 +1,266 @@
+"""A network in training: its weights, their average, its optimizer; on one process or split over several."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+from distil.machine import hash_seed
+from distil.settings import PRECISIONS, Settings
+from models import Network
+
+
+def find_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """What the networks compute in: --precision, by default half precision on GPUs (bf16 where they have it)."""
+    if settings.precision == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return getattr(torch, PRECISIONS[settings.precision] or "float32")
+
+
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """The context in which the networks run."""
+    dtype = find_dtype(settings, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+class Tapped(nn.Module):
+    """A network that also returns its features: `tapped(x_t, t, cond) -> (prediction, [features])`.
+
+    net          the bare network; it stays usable alone, and `tapped.net.parameters()` leaves the adapters out
+    names        the layers to read, by default `net.feature_layers()`; their features come in this order
+    adapters_to  channels of the teacher's features: each feature passes a 1x1 convolution without bias to that width,
+                 initialised U(-0.005, 0.005), as in the paper's code. None: features as they are.
+
+    For multi-GPU training wrap all of it, DDP(Tapped(...)), so that the adapters' gradients are averaged too.
+    AttributeError for a name that is no layer of `net`, ValueError for `adapters_to` of another length.
+    """
+
+    def __init__(self, net: Network, names: list[str] | None = None, adapters_to: list[int] | None = None):
+        super().__init__()
+        self.net, self.adapters = net, None
+        self.names = net.feature_layers() if names is None else list(names)
+        if adapters_to is not None:
+            if len(adapters_to) != len(self.names):
+                raise ValueError(f"{len(self.names)} features, but {len(adapters_to)} widths in adapters_to")
+            pairs = zip(net.feature_channels(self.names), adapters_to, strict=True)
+            self.adapters = nn.ModuleList([nn.Conv2d(own, theirs, 1, bias=False) for own, theirs in pairs])
+            for adapter in self.adapters:
+                nn.init.uniform_(adapter.weight, -0.005, 0.005)
+        # the hooks stay (torch.compile cannot trace their coming and going) and do nothing while no forward below runs
+        self.recorder = _Recorder()
+        for name in self.names:
+            net.get_submodule(name).register_forward_hook(self.recorder)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        outputs: dict[nn.Module, Any] = {}
+        outer, self.recorder.outputs = self.recorder.outputs, outputs
+        try:
+            prediction = self.net(x_t, t, cond)
+        finally:
+            self.recorder.outputs = outer  # nothing of this call stays behind
+        features = [self.net.feature(outputs[self.net.get_submodule(name)]) for name in self.names]  # (B, C, H, W) each
+        if self.adapters is not None:
+            features = [adapter(f) for adapter, f in zip(self.adapters, features, strict=True)]
+        return prediction, features
+
+
+class _Recorder:
+    """A forward hook that puts a layer's output into `outputs` while that is a dict."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[nn.Module, Any] | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple, output: Any) -> None:
+        if self.outputs is not None:
+            self.outputs[layer] = output
+
+
+def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """Sum over the points of mean_B sum_CHW (student - teacher)^2, no gradient to the teacher; (B, C, H, W) each."""
+    pairs = zip(student, teacher, strict=True)
+    return sum(mse_loss(s.float(), t.detach().float(), reduction="sum") for s, t in pairs) / len(student[0])
+
+
+def mean_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """BK-SDM's: sum over the points of mean (student - teacher)^2, no gradient to the teacher; same shapes."""
+    return sum(mse_loss(s.float(), t.detach().float()) for s, t in zip(student, teacher, strict=True))
+
+
+def masked_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """TinyFusion's: mean over the points of mean (m_S h_S - m_T h_T)^2, no gradient to the teacher; (B, N, D) each.
+
+    Each side's mask m drops what is 2 standard deviations or more from the mean of its sample (massive activations).
+    """
+
+    def masked(h: Tensor) -> Tensor:
+        std, mean = torch.std_mean(h, dim=(1, 2), keepdim=True)  # (B, 1, 1)
+        return h * ((h - mean).abs() < 2 * std)  # (B, N, D)
+
+    pairs = zip(student, teacher, strict=True)
+    return sum(mse_loss(masked(s.float()), masked(t.detach().float())) for s, t in pairs) / len(student)
+
+
+FEATURES = {"diff-pruning": feature_loss, "bk-sdm": mean_feature_loss, "tinyfusion": masked_feature_loss}
+
+
+# Which of a deep teacher's blocks the blocks of a shallow student are compared with, where it is not the rule below:
+# published are D14 <- D28: 2i + 1, D7 <- D28: 4i + 3, D7 <- D14: 2i + 1 and these.
+LAYER_MAPS = {(4, 28): [1, 8, 15, 22], (4, 7): [1, 3, 4, 6]}
+
+
+def layer_map(student_depth: int, teacher_depth: int) -> list[int]:
+    """The teacher's block for each of the student's: the last one of as many equal stretches."""
+    if student_depth > teacher_depth:
+        raise ValueError(f"a student of {student_depth} blocks cannot be mapped to a teacher of {teacher_depth}")
+    rule = [math.ceil((i + 1) * teacher_depth / student_depth) - 1 for i in range(student_depth)]
+    return LAYER_MAPS.get((student_depth, teacher_depth), rule)
+
+
+def tap(teacher: Network, student: Network, taps: slice) -> Tapped:
+    """The teacher with the features that those of a student are compared with; `taps`: which of them."""
+    names = teacher.feature_layers(student)
+    if teacher.blocks:
+        names = [names[i] for i in layer_map(len(student.blocks), len(teacher.blocks))]
+    return Tapped(teacher, names[taps])
+
+
+def tap_like(net: Network, teacher: Tapped, taps: slice, adapt: bool) -> Tapped:
+    """The student with the features that go with those of the teacher.
+
+    adapt: FitNet, where channels were pruned: every feature passes an adapter. Otherwise only features of other widths.
+    """
+    names = net.feature_layers(teacher.net)[taps]
+    widths = teacher.net.feature_channels(teacher.names)
+    adapt = (adapt and net.pruning == "channels") or widths != net.feature_channels(names)
+    return Tapped(net, names, widths if adapt else None)
+
+
+class Student:
+    """A network in training.
+
+    net      the network itself
+    model    the same with the adapters of its features, if its method has any: what the optimizer moves
+    parallel what a step calls: `model`, or that within DistributedDataParallel
+    ema      the average of the weights of `net`, which is evaluated and saved
+    kd       what it learns from: a `train.Method`; method: its name
+    seconds  how long its share of all steps took
+    """
+
+    def __init__(self, settings: Settings, kd: Any, seed: int, net: Network, teacher: nn.Module | None = None):
+        """`teacher`: a Tapped one, if this method compares features. The average starts from the weights of `net`."""
+        self.kd, self.method, self.seed, self.name, self.seconds = kd, kd.name, seed, f"{kd.name}-{seed}", 0.0
+        self.device = next(net.parameters()).device
+        self.net = self.model = net.train()
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        if kd.features is not None:
+            torch.manual_seed(hash_seed(seed))  # of the adapters
+            self.model = tap_like(net, teacher, kd.taps, kd.adapt).to(self.device)
+        if settings.compile:
+            self.model.compile()  # in place: the names of the parameters stay
+        self._distribute()
+        options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": self.device.type != "mps"}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
+        half = find_dtype(settings, self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+
+    def _distribute(self) -> None:
+        self.parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The output (B, C or 2C, H, W), and the features, [] without."""
+        return predict(self.parallel, x_t, t, cond)
+
+    def sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients of several processes are averaged once, in the backward pass of the last part of a batch."""
+        return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
+
+    def clip(self, limit: float) -> Tensor:
+        """Clips the gradient of the network, not of its adapters. Returns its norm before that, ()."""
+        return nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+
+    def gather(self) -> None:
+        """After training: the average becomes one whole network. Every process has to call it."""
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes: plain tensors and numbers. Every process has to call it; rank 0 gets them all."""
+        parts = {"module": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {"seconds": self.seconds, **{name: part.state_dict() for name, part in parts.items()}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to what `state` returned."""
+        parts = {"module": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.seconds = state["seconds"]
+
+
+class ShardedStudent(Student):
+    """A student whose weights, gradients, optimizer and average are split over the processes (torch FSDP2)."""
+
+    def _distribute(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        self.parallel, self.whole = self.model, copy.deepcopy(self.ema).to("meta")
+        for root, inside in ((self.model, self.net), (self.ema, self.ema)):
+            for stage in inside.stages():
+                fully_shard(stage)
+            fully_shard(root)
+
+    def sync(self, last: bool) -> contextlib.AbstractContextManager:
+        self.model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def clip(self, limit: float) -> Tensor:
+        return super().clip(limit).full_tensor()
+
+    def gather(self) -> None:
+        from torch.distributed.checkpoint import state_dict as sharded
+
+        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if state := sharded.get_model_state_dict(self.ema, options=options):  # on rank 0
+            self.whole.load_state_dict(state, assign=True)
+        self.ema = self.whole
+
+    def state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint import state_dict as sharded
+
+        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        parts = {"module": self.model, "ema": self.ema}
+        parts = {name: sharded.get_model_state_dict(net, options=options) for name, net in parts.items()}
+        parts["optimizer"] = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        return {"seconds": self.seconds, **parts, "scaler": self.scaler.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint import state_dict as sharded
+
+        options = sharded.StateDictOptions(full_state_dict=True)
+        sharded.set_model_state_dict(self.model, state["module"], options=options)
+        sharded.set_model_state_dict(self.ema, state["ema"], options=options)
+        sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        self.scaler.load_state_dict(state["scaler"])
+        self.seconds = state["seconds"]
+
+
+def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The output (B, C or 2C, H, W) of a network, and the features of a tapped one or []."""
+    result = net(x_t, t, cond)
+    return result if isinstance(result, tuple) else (result, [])
+
+
+@contextlib.contextmanager
+def timed(*students: Student) -> Iterator[None]:
+    """Adds the seconds that the block takes to those of these students."""
+    began = perf_counter()
+    yield
+    for student in students:
+        student.seconds += perf_counter() - began

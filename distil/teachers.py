@@ -1,0 +1,250 @@
+"""Networks of others, made to fit at the edge: what lies downstream only knows `net(x_t, t, cond)`.
+
+    teacher = load("google/ddpm-ema-bedroom-256")     # a hub id, a diffusers folder, or a folder of our own
+    teacher = public_teacher("cifar10")               # the checkpoint behind the paper's Table 1, downloaded once
+
+diffusers' UNet2DModel becomes our own `UNet`, output for output, without diffusers.
+"""
+
+import inspect
+import json
+import os
+import re
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import models
+from distil import machine
+from distil.process import DDPM, RectifiedFlow
+from distil.settings import PROCESSES
+from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, first_line
+from models import FILES, DiT, Network, UNet, build, check_fit, read_weights
+
+INSIDE = tuple(wrapper.folder for wrapper in WRAPPERS.values())  # where the network lies in a pipeline
+SCHEDULER = "scheduler/scheduler_config.json"  # beside it
+
+
+def load(where: str | os.PathLike) -> Network:
+    """The network `where`, on the CPU, in eval mode: a folder that `net.save` or diffusers wrote, or a hub id.
+
+    UNet2DModel becomes our `UNet`, UNet2DConditionModel a `TextUNet`, SD3Transformer2DModel an `MMDiT`. A whole
+    pipeline is taken by its network, whose `process` is then that of the pipeline's scheduler.
+    FileNotFoundError: a file is missing or cannot be fetched. ValueError: one is damaged, or describes what we do not
+    have. ImportError: it needs diffusers, and that is missing.
+    """
+    pipeline = Path(where)
+    if not pipeline.exists() and HUB_ID.fullmatch(pipeline.as_posix()):
+        pipeline = _from_hub(pipeline.as_posix())
+    places = [pipeline, *(pipeline / name for name in INSIDE)]
+    folder = next((place for place in places if (place / "config.json").is_file()), None)
+    if folder is None:
+        return models.load(pipeline)  # which says what is missing
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kind = config.get("_class_name") if isinstance(config, dict) else None
+        if kind in WRAPPERS:
+            weights = {name: weight.to(torch.float32, copy=True) for name, weight in _weights(folder).items()}
+            net = WRAPPERS[kind].of(config, weights)
+        elif kind is not None:
+            ours = _unet_config(config)
+            net = build(UNet, ours, _unet_names(_weights(folder), len(ours["channel_mults"])))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    if kind is None:
+        return models.load(folder)
+    if (pipeline / SCHEDULER).is_file():
+        net.process = _process(pipeline / SCHEDULER)
+    return net.eval()
+
+
+def _process(file: Path) -> dict[str, str]:
+    """The process for which a pipeline was trained, by the settings of its scheduler."""
+    config = json.loads(file.read_text())
+    name = config.get("_class_name", "")
+    if name.startswith("FlowMatch"):
+        kind, arguments = "flow", inspect.signature(RectifiedFlow).parameters
+        said = {"shift": None if config.get("use_dynamic_shifting") else config.get("shift", 1.0)}
+    else:
+        kind, arguments = "ddpm", inspect.signature(DDPM).parameters
+        prediction = {"epsilon": "noise", "v_prediction": "v"}.get(config.get("prediction_type", "epsilon"))
+        said = {key: config.get(key) for key in ("beta_start", "beta_end")}
+        said |= {"schedule": config.get("beta_schedule"), "prediction": prediction}
+    defaults = {key: arguments[key].default for key in said}
+    for process, (its_kind, its_arguments) in PROCESSES.items():
+        if its_kind == kind and {**defaults, **its_arguments} == said:
+            return {"name": process}
+    raise ValueError(f"{file} describes a {name} with settings that no process here has")
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a diffusers folder, of one file or of the shards that its index names; never unpickled."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_weights(folder / name)
+        if (index := folder / f"{name}.index.json").is_file():
+            shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
+            return {key: tensor for shard in shards for key, tensor in read_weights(folder / shard).items()}
+    raise FileNotFoundError(f"{folder} has a config.json, but no {' and no '.join(WEIGHTS)}")
+
+
+def _from_hub(name: str) -> Path:
+    """The folder into which huggingface_hub put the network of the model `name`."""
+    absent = f"there is no folder {name}, and as a Hugging Face model it"
+    hub = machine.library("huggingface_hub", absent, "huggingface_hub")
+    sharded = WEIGHTS[0].replace(".safetensors", "-*-of-*.safetensors"), f"{WEIGHTS[0]}.index.json"
+    for weights in ((FILES[0], WEIGHTS[0], *sharded), WEIGHTS[1:]):  # old models have no safetensors
+        files = [f"{place}{file}" for place in ("", *(f"{i}/" for i in INSIDE)) for file in ("config.json", *weights)]
+        try:
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*files, SCHEDULER]))
+        except (OSError, ValueError) as error:  # no network, no such model, no such name
+            raise FileNotFoundError(f"{absent} cannot be fetched: {first_line(error)}") from error
+        if any(any(folder.glob(file)) for file in files if not file.endswith(".json")):
+            return folder
+    raise FileNotFoundError(f"{absent} holds no {FILES[0]} and no {' or '.join(WEIGHTS)}")
+
+
+# Settings of UNet2DModel that `UNet` has not: the value that it needs, and diffusers' own default if that is another.
+NEEDED = {
+    "act_fn": "silu", "add_attention": True, "attn_norm_num_groups": None, "center_input_sample": False,
+    "class_embed_type": None, "downsample_type": "conv", "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D", "num_class_embeds": None, "resnet_time_scale_shift": "default",
+    "time_embedding_dim": None, "time_embedding_type": "positional", "upsample_type": "conv",
+    "attention_head_dim": None,  # one head
+    "downsample_padding": 0,  # below and to the right
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,  # the lowest frequency is 1e-4
+    "norm_eps": 1e-6,
+}  # fmt: skip
+DEFAULTS = {
+    "attention_head_dim": 8, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
+}  # fmt: skip
+NAMES = (  # from diffusers' names to ddim's, one after the other; there the way up counts its levels down
+    (r"^time_embedding\.linear_1\.", "temb.dense.0."), (r"^time_embedding\.linear_2\.", "temb.dense.1."),
+    (r"^conv_norm_out\.", "norm_out."), (r"^mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"^mid_block\.resnets\.0\.", "mid.block_1."), (r"^mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"^(down|up)_blocks\.", r"\1."), (r"\.resnets\.", ".block."), (r"\.attentions\.", ".attn."),
+    (r"\.(down|up)samplers\.0\.", r".\1sample."), (r"\.time_emb_proj\.", ".temb_proj."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."), (r"\.group_norm\.", ".norm."),
+    (r"\.(to_q|query)\.", ".q."), (r"\.(to_k|key)\.", ".k."),  # the second name is that of diffusers before 0.15
+    (r"\.(to_v|value)\.", ".v."), (r"\.(to_out\.0|proj_attn)\.", ".proj_out."),
+)  # fmt: skip
+
+
+def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the `UNet` that a config.json of diffusers describes; ValueError where there is none."""
+    if config["_class_name"] != "UNet2DModel":
+        known = ", ".join(["UNet2DModel", *WRAPPERS])
+        raise ValueError(f"it is a {config['_class_name']}, of diffusers only {known} can be read")
+    for name, needed in NEEDED.items():
+        value = config.get(name, DEFAULTS.get(name, needed))
+        if value != needed:
+            raise ValueError(f"its setting {name} is {value!r}, but UNet only knows {needed!r}")
+    size, widths = config.get("sample_size"), config.get("block_out_channels")
+    if not isinstance(size, int) or not widths or any(width % widths[0] for width in widths):
+        raise ValueError(f"UNet needs a sample_size, and widths in multiples of the first, not {size}, {widths}")
+    downs, ups = config.get("down_block_types", []), config.get("up_block_types")
+    attends = [{"DownBlock2D": False, "AttnDownBlock2D": True}.get(kind) for kind in downs]
+    if len(downs) != len(widths) or None in attends or ups != [kind.replace("Down", "Up") for kind in downs[::-1]]:
+        raise ValueError(f"UNet needs (Attn)DownBlock2D and, mirrored, (Attn)UpBlock2D, not {downs} and {ups}")
+    return {
+        "image_size": size,
+        **{name: config.get(name, 3) for name in ("in_channels", "out_channels")},
+        "channels": widths[0],
+        "channel_mults": [width // widths[0] for width in widths],
+        "num_res_blocks": config.get("layers_per_block", 2),
+        "attention_resolutions": [size // 2**i for i, attention in enumerate(attends) if attention],
+        "dropout": config.get("dropout", 0.0),
+        "norm_groups": config.get("norm_num_groups", 32),
+    }
+
+
+def _unet_names(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """The weights of a UNet2DModel with that many levels, under ddim's names."""
+    renamed = {}
+    for theirs, tensor in state.items():
+        name = re.sub(r"(?<=^up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), theirs)
+        for pattern, ours in NAMES:
+            name = re.sub(pattern, ours, name)
+        linear = tensor.ndim == 2 and ".attn" in name  # diffusers has linear layers where ddim has 1x1 convolutions
+        renamed[name] = tensor[:, :, None, None] if linear else tensor
+    return renamed
+
+
+class Public(NamedTuple):
+    """A public checkpoint: `kind(**config)` takes it."""
+
+    file: str  # its name among the teachers
+    url: str
+    md5: str | None  # None: none is published
+    config: dict[str, Any]
+    hub: str | None = None  # the same network on the Hugging Face hub
+    kind: type[Network] = UNet
+    by_hand: bool = False  # the page at `url` is for people with a browser
+
+
+# The paper's teachers, averaged weights. URL and md5 as in pesser/pytorch_diffusion, ckpt_util.py (converted from the
+# DDPM release), for CelebA the link in the README of ermongroup/ddim, for ImageNet facebookresearch/DiT, download.py.
+_CIFAR = {"image_size": 32, "channel_mults": (1, 2, 2, 2), "dropout": 0.1}
+_LSUN = {"image_size": 256, "channel_mults": (1, 1, 2, 2, 4, 4)}
+_HEIBOX, _DRIVE = "https://heibox.uni-heidelberg.de/f", "https://drive.google.com/file/d"
+PUBLIC = {
+    "celeba": Public("ddim_celeba.pth", f"{_DRIVE}/1R_H-fJYXSH79wfSKs9D-fuKQVan5L-GR/view", None,
+                     {"image_size": 64, "dropout": 0.1}, by_hand=True),
+    "cifar10": Public("ema_diffusion_cifar10_model-790000.ckpt", f"{_HEIBOX}/2e4f01e2d9ee49bab1d5/?dl=1",
+                      "1fa350b952534ae442b1d5235cce5cd3", _CIFAR),
+    "lsun_bedroom": Public("ema_diffusion_lsun_bedroom_model-2388000.ckpt", f"{_HEIBOX}/b95206528f384185889b/?dl=1",
+                           "1921fa46b66a3665e450e42f36c2720f", _LSUN, "google/ddpm-ema-bedroom-256"),
+    "lsun_church": Public("ema_diffusion_lsun_church_model-4432000.ckpt", f"{_HEIBOX}/44ccb50ef3c6436db52e/?dl=1",
+                          "fdc68a23938c2397caba4a260bc2445f", _LSUN, "google/ddpm-ema-church-256"),
+    "imagenet": Public("DiT-XL-2-256x256.pt", "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", None,
+                       {}, kind=DiT),
+}  # fmt: skip
+
+
+def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers") -> Network:
+    """The public teacher of a data set of `PUBLIC`, downloaded into `cache` once, by one process; on the CPU, in eval
+    mode. ValueError: another data set, a damaged file. OSError: the file cannot be had."""
+    if dataset not in PUBLIC:
+        use = "use --teacher PATH or --teacher train"
+        raise ValueError(f"no public teacher is known for {dataset}, only for {', '.join(PUBLIC)}: {use}")
+    public = PUBLIC[dataset]
+    path = Path(cache) / public.file
+    others = f"--teacher {public.hub} or --teacher train" if public.hub else "--teacher train"
+    by_hand = f"fetch {public.url} with a browser and give it as --teacher PATH (or put it at {path}), or use {others}"
+    if public.by_hand and not path.is_file():
+        raise FileNotFoundError(f"the public teacher for {dataset} cannot be downloaded by a program: {by_hand}")
+    try:
+        if not public.by_hand:
+            download(public.url, path, public.md5)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{error}; if that does not help, {by_hand}") from error
+    try:
+        weights = read_weights(path)
+        with torch.device("meta"):  # a pruned network would also be one, by the shapes of its weights
+            check_fit(public.kind(**public.config), weights)
+        return build(public.kind, public.config, weights).eval()
+    except ValueError as error:
+        raise ValueError(f"{path} is no teacher for {dataset}: {error}") from error
+
+
+def download(url: str, path: Path, md5: str | None) -> None:
+    """Fetches a checkpoint, unless `path` is there and right; it appears whole and checked, or not at all.
+    OSError: the server cannot be reached. ValueError: a wrong checksum or, if none is known, no checkpoint."""
+    from torchvision.datasets.utils import check_integrity
+
+    if check_integrity(path, md5):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with machine.whole(path) as part:
+        try:
+            torch.hub.download_url_to_file(url, str(part))
+        except (OSError, HTTPException) as error:
+            raise OSError(f"{url} cannot be downloaded: {error}") from error
+        if not check_integrity(part, md5):
+            raise ValueError(f"{url} sent {part.stat().st_size:,} bytes whose md5 is not {md5}; they were removed")
+        if md5 is None:
+            read_weights(part)  # a download that was cut off looks complete to torch.hub

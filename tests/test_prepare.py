@@ -1,0 +1,276 @@
+"""What a run starts from: batches, the run of its teacher, the networks of its students, what an earlier run left."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from distil import data, prepare
+from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
+from distil.process import DDPM
+from distil.settings import DEPTH_METHODS, Settings, parse, plain
+from models import DiT, UNet, prune_depth
+
+CPU = torch.device("cpu")
+
+
+def some_latents(n=24) -> data.Images:
+    generator = np.random.default_rng(0)
+    latents = generator.standard_normal((n, 2, 4, 8, 8), np.float32)
+    return data.Images(latents, np.arange(n) % 2, "latents", True)
+
+
+def a_run(settings: Settings, images: data.Images) -> Run:
+    return Run(settings, CPU, images, *[None] * 7)
+
+
+def a_teacher(depth=6) -> DiT:
+    torch.manual_seed(0)
+    net = DiT(8, 2, 4, 16, depth, 2, num_classes=2)
+    for p in net.parameters():
+        if p.requires_grad:  # with adaLN-Zero its blocks would do nothing
+            torch.nn.init.normal_(p, std=0.15)
+    return net.eval()
+
+
+def a_unet() -> UNet:
+    torch.manual_seed(0)
+    return UNet(8, 1, channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
+
+
+def the_loss(output, batch):
+    return (output[:, :4] - batch.target).square().mean()
+
+
+def state(net) -> list[torch.Tensor]:
+    return list(net.state_dict().values())
+
+
+def same(a, b) -> bool:
+    pairs = list(zip(state(a), state(b), strict=True))
+    return all(x.shape == y.shape for x, y in pairs) and all(torch.equal(x, y) for x, y in pairs)
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_takes():
+    ramp = torch.arange(8, dtype=torch.uint8)
+    pixels = torch.arange(32, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8) + ramp
+    labels, net = torch.arange(32), DiT(8, 2, 1, 8, 1, 2, num_classes=32, class_dropout_prob=0.5)
+
+    def drawn(seed, step, rows=slice(None)):
+        cond = {"y": labels[rows], "unused": labels}
+        batch = draw(Settings(seed=seed), pixels[rows], cond, DDPM(), net, step, flip=True, rows=rows)
+        assert torch.equal(batch.x_t, DDPM().add_noise(batch.x0, batch.noise, batch.t))
+        assert torch.equal(batch.target, batch.noise)
+        return [*batch[:5], batch.cond["y"]]
+
+    def equal(a, b):
+        return [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+
+    whole = drawn(1, 7)
+    assert all(equal(whole, drawn(1, 7)))
+    assert all(equal([x[8:16] for x in whole], drawn(1, 7, slice(8, 16))))
+    assert not any(equal(whole, drawn(2, 7)) + equal(whole, drawn(1, 8)))
+    dropped = whole[5] == 32
+    assert 4 < dropped.sum() < 28 and torch.equal(whole[5][~dropped], labels[~dropped])
+    mirrored = whole[0][:, 0, 0, 0] > whole[0][:, 0, 0, -1]
+    assert 4 < mirrored.sum() < 28 and whole[0].abs().max() <= 1
+    batch = draw(Settings(), pixels, {"y": labels}, DDPM(), a_unet(), 0, flip=False)
+    assert torch.equal(batch.x0, data.to_float(pixels)) and batch.cond == {}
+    part = prepare.Batch(*whole[:5], {"y": whole[5]}).part(slice(3, 5))
+    assert all(equal([x[3:5] for x in whole], [*part[:5], part.cond["y"]]))
+
+
+def test_a_step_sees_the_latents_of_images_and_mirror_images(monkeypatch):
+    latents, settings = some_latents(), Settings(dataset="latents", data="x", batch_size=64, channels=24)
+    net = prepare.new_network(settings, latents)
+    assert (net.shape, net.num_classes, len(net.blocks)) == ((4, 8, 8), 2, 12)
+    pixels, cond = next(data.batches(latents, 64, 0, pin=False))
+    batch = draw(settings, pixels, cond, DDPM(), net, 0, flip=True)
+    sides = [[torch.equal(x, side) for side in pair] for x, pair in zip(batch.x0, pixels, strict=True)]
+    assert all(a != b for a, b in sides) and 10 < sum(b for _, b in sides) < 54
+    assert set(batch.cond["y"].tolist()) == {0, 1, 2}  # 2: no class
+    whole = list(itertools.islice(batches(settings, latents, DDPM(), net), 3))
+    assert torch.equal(whole[0].x0, batch.x0)
+    monkeypatch.setattr(prepare, "rank_and_world", lambda: (1, 4))  # of 64 rows the second process has 16 to 31
+    for step, part in zip((1, 2), batches(settings, latents, DDPM(), net, start=1), strict=False):
+        assert torch.equal(part.x_t, whole[step].x_t[16:32]) and torch.equal(
+            part.cond["y"], whole[step].cond["y"][16:32]
+        )
+    plain_batch = next(batches(settings, latents, DDPM(), net, whole=True))  # what pruning learns from
+    assert torch.equal(plain_batch.x0, pixels[:, 0])
+
+
+# ---- Teachers --------------------------------------------------------------------------------------------------------
+
+
+TEACHERS = {
+    "": "digits8-2c8cece3",
+    "--arch dit": "digits8-1e5948fb",
+    "--process flow": "digits8-779d870e",
+    "--image-size 16 --channels 32 --teacher-steps 9": "digits16-122ed962",
+    "--dataset celeba --prune 0.5 --teacher train": "celeba64-b667e6a1",
+    "--dataset latents --data x": "latents-6ea9d9ac",
+    "--dataset cifar10 --prune 0 --fold-steps 125 --kd out --teacher train": "cifar1032-a0897735",
+    "--data x --seed 3": "folder64-c226ae90",
+}
+
+
+def test_a_teacher_is_kept_where_earlier_runs_look_for_it():
+    """The names are those of runs before this file was written: their teachers are found again."""
+    for arguments, folder in TEACHERS.items():
+        own = teacher_settings(parse(arguments.split()))
+        assert own.out == f"runs/teachers/{folder}" and (own.kd, own.prune, own.lambda_diff) == (("none",), 0.0, 1.0)
+    default = teacher_settings(parse([])).out
+    for same_teacher in (
+        "--kd out --prune 0.5 --steps 7 --lr 1",
+        "--fold-steps 5 --kd out",
+        "--device cpu --save-every 9",
+    ):
+        assert teacher_settings(parse(same_teacher.split())).out == default
+    for other in ("--seed 1", "--channels 32", "--teacher-steps 9", "--process flow", "--teacher-lr 1", "--clip 2"):
+        assert teacher_settings(parse(other.split())).out != default
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_a_flow_predicts_no_variance(flow):
+    settings = Settings(arch="dit", process="flow" if flow else "ddpm")
+    net = prepare.new_network(settings, data.load("digits"))
+    assert net.predicts_variance is not flow and net.num_classes == 10
+
+
+# ---- Students --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", DEPTH_METHODS)
+def test_every_way_to_choose_blocks(method, capsys):
+    teacher, latents = a_teacher(), some_latents()
+    given = {"prune": 0.5, "depth_method": method, "depth_steps": 2, "batch_size": 8}
+    settings = Settings(dataset="latents", data="x", seeds=(0, 1) if method == "random" else (0,), **given)
+    nets = smaller(a_run(settings, latents), teacher, DDPM(), the_loss)
+    lines = capsys.readouterr().out.splitlines()
+    kept = [[int(i) for i in line.partition("blocks ")[2].partition(" of 6")[0].split(", ")] for line in lines]
+    assert [len(net.blocks) for net in nets] == [3] * len(settings.seeds)
+    assert all(same(net, prune_depth(teacher, keep)) for net, keep in zip(nets, kept, strict=True))
+    if method in ("uniform", "first"):
+        assert kept == [[0, 2, 5] if method == "uniform" else [0, 1, 2]]
+    if method in ("random", "shortgpt"):
+        assert all(keep[-1] == 5 for keep in kept) and kept == sorted(kept)
+    run = a_run(settings, latents)
+    run.checkpoint = {}  # which brings its own weights: nothing is measured again, and nothing is said
+    assert len(smaller(run, teacher, DDPM(), None)[0].blocks) == 3 and not capsys.readouterr().out
+
+
+def test_blocks_may_be_named_and_a_student_given():
+    teacher, latents = a_teacher(), some_latents()
+    run = a_run(Settings(dataset="latents", data="x", keep=(0, 2, 5)), latents)
+    assert same(smaller(run, teacher, DDPM(), None)[0], prune_depth(teacher, [0, 2, 5]))
+    run.student = a_teacher(2)
+    assert smaller(run, teacher, DDPM(), None) == [run.student]
+
+
+def test_channels_are_drawn_or_measured():
+    teacher, images, process = a_unet(), data.load("digits"), DDPM()
+    teacher.requires_grad_(True)
+
+    def pruned(importance, steps=2, **changes):
+        settings = Settings(importance=importance, prune=0.5, steps=steps, batch_size=4, **changes)
+        return smaller(a_run(settings, images), teacher, process, None)
+
+    first, second = pruned("random", seeds=(0, 1))
+    assert not same(first, second) and same(first, pruned("random")[0])
+    nets = [first, pruned("magnitude")[0], pruned("taylor")[0]]
+    assert not any(same(a, b) for a, b in ((nets[0], nets[1]), (nets[1], nets[2]), (nets[0], nets[2])))
+    assert len({tuple(tuple(x.shape) for x in state(net)) for net in nets}) == 1
+    assert [len(x) for x in state(pruned("magnitude", norm_groups="scale")[0])] == [len(x) for x in state(first)]
+
+
+@pytest.mark.parametrize("net", [a_unet(), a_teacher()], ids=["unet", "dit"])
+def test_a_student_starts_as_the_settings_say(net):
+    net.eval().requires_grad_(False)
+    run = a_run(Settings(dropout=0.3, fold_steps=5, kd=("out",)), data.load("digits"))
+    student = start_of(run, net, 0, {"fold": 5})
+    assert same(student, net) and student.process == {"fold": 5} and net.process == {}
+    assert {name for name, p in student.named_parameters() if not p.requires_grad} <= {"pos_embed"}
+    assert not any(p.requires_grad for p in net.parameters())
+    rates = {module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates <= {0.3} and student.config.get("dropout", 0.3) == 0.3 and net.config.get("dropout", 0.0) == 0.0
+    run = a_run(Settings(init="random"), data.load("digits"))
+    drawn = [start_of(run, net, seed, {}) for seed in (0, 0, 1)]
+    assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2]) and not same(drawn[0], net)
+    assert [x.shape for x in state(drawn[0])] == [x.shape for x in state(net)]
+
+
+@pytest.mark.parametrize(("prune", "depth", "count"), [(0.5, 14, 340_457_504), (0.75, 7, 173_121_440),
+                                                       (6 / 7, 4, 101_405_984)])  # fmt: skip
+def test_the_students_of_table_3_have_their_published_size(prune, depth, count):
+    settings = Settings(dataset="imagenet", prune=prune, depth_method="uniform")
+    latents = data.Images(np.zeros((1, 2, 4, 32, 32), np.float32), np.zeros(1, np.int64), "imagenet", True)
+    with torch.device("meta"):
+        teacher = prepare.new_network(settings, latents)
+    (student,) = smaller(a_run(settings, latents), teacher, DDPM(), None)
+    assert len(student.blocks) == depth and sum(p.numel() for p in student.parameters()) == count
+
+
+# ---- What an earlier run left ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_recognised_and_another_one_refused(tmp_path):
+    settings = Settings(out=str(tmp_path))
+    assert prepare.read_checkpoint(settings, tmp_path) is None and prepare.read_metrics(settings, tmp_path) is None
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": plain(settings)}))
+    torch.save({"step": 3, "settings": plain(settings), "students": {}}, tmp_path / "checkpoint.pt")
+    watched = {"out": "elsewhere", "device": "cpu", "log": "wandb", "log_every": 7, "save_every": 9}
+    assert prepare.read_metrics(Settings(**watched), tmp_path)["settings"] == plain(settings)
+    for sampled in ({"sample_steps": 7}, {"eta": 1.0}, {"eval_samples": 0}, {"clip_x0": True}, {"guidance": 2.0}):
+        other = Settings(**sampled)
+        assert prepare.read_metrics(other, tmp_path) is None and prepare.read_checkpoint(other, tmp_path)["step"] == 3
+    for read in (prepare.read_metrics, prepare.read_checkpoint):
+        with pytest.raises(ValueError, match=r"--lr was 0.005, is 0.001, --clip was 1.0, is 2.0\): give the former"):
+            read(Settings(lr=0.001, clip=2.0), tmp_path)
+
+
+# ---- What the data does not know -------------------------------------------------------------------------------------
+
+
+def images_of(n: int = 8, **more) -> data.Images:
+    return data.Images(np.zeros((n, 1, 8, 8), np.uint8), None, "folder", True, **more)
+
+
+class OtherVae:
+    """Stands for a VAE whose latents are not those of the data."""
+
+    def __init__(self, where, device):
+        self.where = where
+
+    def check(self, record):
+        raise ValueError(f"{self.where} did not make them")
+
+
+def test_what_the_data_does_not_know_is_asked_for(monkeypatch):
+    settings = Settings(data="pictures")
+    prepare.check_conditions("--teacher X", (), settings, images_of())
+    with pytest.raises(
+        ValueError, match="--teacher X needs classes, and pictures has none: put its images into one fo"
+    ):
+        prepare.check_conditions("--teacher X", ("y",), settings, images_of())
+    with pytest.raises(ValueError, match="--teacher X needs captions, and pictures has none: make its latents with"):
+        prepare.check_conditions("--teacher X", ("text",), settings, images_of())
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: images_of(5))
+    with pytest.raises(ValueError, match="pictures holds 5 images, too few to compare samples with"):
+        prepare.open_data(settings)
+    assert len(prepare.open_data(Settings(data="pictures", eval_samples=0, group_size=8))[0].images) == 5
+
+
+def test_latents_are_shown_by_the_vae_that_made_them_and_by_no_other(monkeypatch):
+    monkeypatch.setattr(prepare.text_to_image, "Vae", OtherVae)
+    settings = Settings(dataset="latents", data="latents", eval_samples=8)
+    assert prepare.open_vae(settings, images_of(), CPU) is None  # pixels
+    with pytest.raises(ValueError, match="does not say which VAE made its latents: name it with --vae"):
+        prepare.open_vae(settings, images_of(record={"vae": None}), CPU)
+    with pytest.raises(ValueError, match="mine did not make them"):
+        prepare.open_vae(settings, images_of(record={"vae": "mine"}), CPU)

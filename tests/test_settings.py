@@ -1,0 +1,124 @@
+"""The command line: presets of the published rows, names, and that it is answered without torch."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lift_place
+from distil import data, evaluate, prepare, process, settings, students
+from distil.settings import PRESETS, Settings, parse, plain, preset
+
+ROOT = Path(__file__).parents[1]
+
+# ---- Presets ---------------------------------------------------------------------------------------------------------
+
+PIXELS = {
+    "arch": "unet", "importance": "taylor", "taylor_threshold": 0, "norm_groups": "keep", "constants": "diff-pruning",
+    "lambda_diff": 1, "lambda_out": 1, "lambda_feat": 1e-6, "group_size": 16, "sample_steps": 100, "teacher": "auto",
+}  # fmt: skip
+CELEBA = PIXELS | {"image_size": 64, "lr": 2e-4, "clip": 1, "ema": 0.9999, "dropout": 0.1, "batch_size": 96}
+BEDROOM = PIXELS | {"image_size": 256, "lr": 2e-5, "clip": 0, "ema": 0.999, "dropout": 0, "batch_size": 16}
+TEXT = {"arch": "sd", "process": "sd", "constants": "bk-sdm", "steps": 50_000, "lr": 5e-5, "batch_size": 128}
+TEXT |= {"lambda_diff": 1, "lambda_out": 1, "lambda_feat": 1, "caption_dropout": 0.1, "weight_decay": 1e-2}
+IMAGENET = {
+    "arch": "dit", "steps": 500_000, "batch_size": 256, "lr": 2e-4, "lr_end": 1e-4, "decay": "cosine", "clip": 1,
+    "ema": 0.9999, "lambda_diff": 0.1, "lambda_out": 0.9, "lambda_feat": 1e-2, "feat_stages": 100, "group_size": 16,
+    "constants": "tinyfusion", "depth_method": "learned", "sample_steps": 250, "eta": 1, "spacing": "linspace",
+    "guidance": 1.5, "image_size": 256, "teacher": "auto",
+}  # fmt: skip
+FOLD = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0, "init": "random", "sample_steps": 125}
+FOLD |= {"lambda_diff": 0, "lambda_out": 1, "lambda_hidden": 1, "dropout": 0}
+DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff": 1, "lambda_feat": 1e-6, "clip": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--dataset celeba --prune 0.5", CELEBA | {"steps": 200_000}),  # Table 1
+        ("--dataset celeba --prune 0.7", CELEBA | {"steps": 240_000}),
+        ("--dataset celeba --prune 0.9", CELEBA | {"steps": 500_000}),
+        ("--dataset lsun_bedroom --prune 0.3", BEDROOM | {"steps": 200_000}),
+        ("--dataset lsun_bedroom --prune 0.5", BEDROOM | {"steps": 500_000}),
+        ("--dataset lsun_bedroom --prune 0.7", BEDROOM | {"steps": 700_000}),
+        ("--dataset latents --arch sd --student base", TEXT | {"out": "runs/latents-sd-base-place"}),  # Table 2
+        ("--dataset latents --arch mmdit", TEXT | {"arch": "mmdit", "process": "sd3", "constants": "tinyfusion",
+                                                   "lambda_diff": 0.1, "lambda_out": 0.9, "lambda_feat": 1e-2}),
+        *((f"--dataset imagenet --prune {prune}", IMAGENET) for prune in (0.5, 0.75, 0.857)),  # Table 3
+        ("--dataset cifar10 --prune 0 --fold-steps 125 --kd out", FOLD),  # SFDDM
+        ("", DIGITS | {"out": "runs/digits8-prune0.9-place", "fold_steps": None, "eta": 0}),
+        ("--fold-steps 5 --kd out", {"init": "teacher", "lambda_diff": 0, "sample_steps": 5, "steps": 1500}),
+        ("--arch dit --process flow", {"eta": 0, "out": "runs/digits8-dit-prune0.9-flow-place"}),
+        ("--arch dit --keep 0,3,7 --kd none out", {"eta": 1, "out": "runs/digits8-dit-keep0.3.7-none-out"}),
+        ("--data x --seeds 0 1", {"dataset": "folder", "out": "runs/folder64-prune0.9-place-2seeds"}),
+        ("--dataset celeba --prune 0.6", {"steps": 240_000}),  # between two ratios: the next
+        ("--dataset celeba --prune 0.95", {"steps": 500_000}),  # above all: the last
+    ],
+)  # fmt: skip
+def test_a_command_line_resolves_to_the_published_settings(arguments, expected, capsys):
+    seeds = ["--importance", "random"] * ("--seeds" in arguments)
+    with pytest.raises(SystemExit) as stop:
+        parse([*arguments.split(), *seeds, "--dry-run"])
+    shown = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0 and {name: shown[name] for name in expected} == expected
+    assert shown == plain(parse([*arguments.split(), *seeds]))
+    assert None not in {shown[name] for name in set(PRESETS[0]) & shown.keys() if name != "image_size"}
+
+
+def test_all_presets_are_listed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--list-presets"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and len(lines) == len(PRESETS) and len({len(line) for line in (head, *lines)}) == 1
+    assert "lambda_feat" in head and lines[5].split()[:4] == ["celeba", "unet", "0.9", "500000"]
+
+
+def test_the_names_here_are_those_of_the_other_files():
+    assert set(settings.CONSTANTS) == set(lift_place.PRESETS) == set(students.FEATURES)
+    for name, (kind, _) in settings.PROCESSES.items():
+        assert isinstance(process.make_process(name), process.DDPM if kind == "ddpm" else process.RectifiedFlow)
+    assert {*prepare.NEW} < {*settings.ARCHS} == {row["arch"] for row in PRESETS}
+    assert {row["dataset"] for row in PRESETS} == set(data.DATASETS)
+    for row in PRESETS:
+        _, image_size, _ = data.DATASETS[row["dataset"]]
+        assert row.get("image_size") == image_size
+        assert PRESETS[0].keys() - {"image_size"} <= row.keys() <= {*Settings.__dataclass_fields__, "network"}
+    for name in settings.PRECISIONS:
+        assert students.find_dtype(Settings(precision=name), students.torch.device("cpu")).is_floating_point
+    assert {*settings.FREE, *settings.EVALUATION} <= Settings.__dataclass_fields__.keys()
+    assert Settings.__dataclass_fields__.keys() >= evaluate.MAY_DIFFER
+
+
+# ---- The parser ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_is_read_without_torch():
+    """In one process each: --help, --dry-run and a mistake of train.py, as a user starts it."""
+    watch = f"import atexit, runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    watch += "atexit.register(lambda: print('\\n', {'torch', 'numpy', 'tqdm'} & sys.modules.keys()))\n"
+    watch += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    for argument, code, words in (("--help", 0, "--fold-steps"), ("--dry-run", 0, '"kd": ['), ("--kd=plaice", 2, "")):
+        done = subprocess.run([sys.executable, "-c", watch, argument], capture_output=True, text=True, check=False)
+        assert done.returncode == code and words in done.stdout and done.stdout.splitlines()[-1] == " set()"
+    assert done.stderr.startswith("train.py: error: --kd plaice is not known") and done.stderr.count("\n") == 1
+    assert "Distil a pruned diffusion student" in (ROOT / "train.py").read_text()
+
+
+def test_settings_survive_json_and_cannot_be_changed():
+    given = parse(["--arch", "dit", "--keep", "0,2", "--kd", "none", "place", "--lr", "0.1"])
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in plain(given).items()}
+    assert Settings(**lists) == given and plain(given)["keep"] == [0, 2]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        given.lr = 1.0
+
+
+def test_what_settings_say_of_themselves():
+    folded = Settings(fold_steps=5, kd=("out",))
+    assert (folded.usual_steps, folded.sample_steps, Settings(sample_steps=7).usual_steps) == (50, 5, 7)
+    assert (folded.terms("out"), folded.terms("feat")) == (("absolute", True), None)
+    assert Settings().terms("out") == ("squared", False) and Settings().terms("place") == ("place", True)
+    assert Settings(process="sd3").is_flow and not Settings(process="sd-v").is_flow
+    assert preset("digits", 0.9)["arch"] == "unet" and preset("latents", 0.5, "sd")["process"] == "sd"
