@@ -437,5 +437,10 @@ def make_process(
 
 
 def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False) -> Process:
-    """The process as this network knows it (`net.process`); `name` is that of networks that do not say."""
-    return make_process(**{"name": name, "spacing": spacing, "clip_x0": clip_x0, **net.process})
+    """The process as this network knows it (`net.process`): its timesteps are all there are, and `phi` is the identity.
+
+    name: of networks that do not say.
+    """
+    process = make_process(**{"name": name, "spacing": spacing, "clip_x0": clip_x0, **net.process})
+    process.folded_from = process.steps  # also that of a folded student, which may teach others
+    return process

@@ -433,6 +433,7 @@ def test_processes_are_made_by_name_and_as_a_network_knows_them():
     assert process_of(net).steps == 1000 and isinstance(process_of(net, "flow"), RectifiedFlow)
     net.process = {"fold": 5}
     own = process_of(net, "sd-v", "linspace", True)
+    assert own.phi(torch.arange(5)).tolist() == [0, 1, 2, 3, 4]  # as a teacher it is asked at its own timesteps
     assert (own.steps, own.prediction, own.spacing, own.clip_x0) == (5, "v", "linspace", True)
     net.process = {"name": "sd3"}  # what a network says goes before what the settings say
     assert process_of(net, "ddpm").shift == 3.0
