@@ -614,3 +614,13 @@ def test_what_cannot_be_is_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_new_random_weights_are_those_of_a_new_network_of_the_same_seed():
+    sizes = {"channels": 8, "channel_mults": (1, 2), "attention_resolutions": (8, 4), "norm_groups": 4}
+    for make in (partial(UNet, 8, 1, **sizes), partial(DiT, **SMALL_DIT)):
+        net = make()
+        torch.manual_seed(5)
+        net.reset_parameters()
+        torch.manual_seed(5)
+        assert same_weights(net, make())

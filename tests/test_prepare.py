@@ -274,3 +274,10 @@ def test_latents_are_shown_by_the_vae_that_made_them_and_by_no_other(monkeypatch
         prepare.open_vae(settings, images_of(record={"vae": None}), CPU)
     with pytest.raises(ValueError, match="mine did not make them"):
         prepare.open_vae(settings, images_of(record={"vae": "mine"}), CPU)
+
+
+def test_a_student_has_no_more_blocks_than_its_teacher():
+    settings = Settings(dataset="latents", data="latents", student="mine")
+    prepare.check_students(settings, some_latents(), a_teacher(4), a_teacher(4))
+    with pytest.raises(ValueError, match="--student mine has 6 blocks, its teacher 4: use a student with at most as m"):
+        prepare.check_students(settings, some_latents(), a_teacher(4), a_teacher(6))

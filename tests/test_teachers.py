@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from distil import teachers
 from distil.process import DDPM, make_process
 from distil.teachers import PUBLIC, load, public_teacher
-from models import UNet, load_checkpoint
+from models import UNet, load_checkpoint, prune_channels
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -458,3 +458,12 @@ def test_a_teacher_behind_a_page_for_people_is_fetched_by_hand(tmp_path, monkeyp
     torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / PUBLIC["celeba"].file)
     with pytest.raises(ValueError, match=r"ddim_celeba\.pth is no teacher for celeba: "):
         public_teacher("celeba", tmp_path)
+
+
+def test_a_pruned_network_is_no_public_teacher(tmp_path, monkeypatch):
+    sizes = {"image_size": 8, "in_channels": 1, "channel_mults": (1, 2), "attention_resolutions": (), "norm_groups": 4}
+    public = teachers.Public("whole.pth", "page", None, {**sizes, "channels": 16}, by_hand=True)
+    monkeypatch.setitem(PUBLIC, "dots", public)
+    torch.save(prune_channels(UNet(**sizes, channels=16), 0.5).state_dict(), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"is no teacher for dots: .* by the config, but .* in the weights"):
+        public_teacher("dots", tmp_path)
