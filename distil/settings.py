@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from operator import ge, gt, le, lt
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # ---- Names, each with what it stands for -----------------------------------------------------------------------------
@@ -322,29 +324,42 @@ class Settings:
             )
 
     def _name(self) -> str:
-        """The name of the run's folder, from what differs from run to run."""
+        """The name of the run's folder: what it makes, then whatever differs from the preset."""
+        usual = preset(self.dataset, self.prune, self.arch, self.fold_steps)
         parts = [f"{self.dataset}{self.image_size or ''}"]
-        if ARCHS[self.arch].pruning != "channels":
-            parts.append(self.arch)
-        if self.student in SD_STUDENTS:
-            parts.append(self.student)
-        elif self.keep:
-            parts.append("keep" + ".".join(map(str, self.keep)))
+        parts += [self.arch] * (ARCHS[self.arch].pruning != "channels")
+        if self.student is not None:
+            parts.append(brief(self.student))
         else:
-            parts.append(f"prune{self.prune:g}")
-        if self.fold_steps is not None:
-            parts.append(f"fold{self.fold_steps}")
-        if self.process != preset(self.dataset, self.prune, self.arch)["process"]:
-            parts.append(self.process)
+            parts.append(f"keep{brief(self.keep)}" if self.keep else f"prune{brief(self.prune)}")
         parts += self.kd
-        if len(self.seeds) > 1:
-            parts.append(f"{len(self.seeds)}seeds")
-        return "-".join(parts)
+        if self.seeds != (0,):
+            counted = self.seeds == tuple(range(len(self.seeds)))
+            parts.append(f"{len(self.seeds)}seeds" if counted else f"seeds{brief(self.seeds)}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in NAMED | FREE | EVALUATION and value != usual.get(item.name, item.default):
+                parts.append(f"{item.name}{'=' * isinstance(value, str)}{brief(value)}")
+        name = "-".join(parts)
+        if len(name) > 150:  # a folder's name has its limit
+            name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return name
+
+
+def brief(value: Any) -> str:
+    """A value in the name of a folder: of a path its last two parts, without the suffix of a file."""
+    if isinstance(value, str):
+        *_, above, name = ("", "", *Path(value.removesuffix(".pth").removesuffix(".ckpt")).parts)
+        return ".".join(filter(None, (above.strip("./\\:"), name)))
+    if isinstance(value, tuple):
+        return ".".join(map(str, value))
+    return "" if value is True else f"{value:g}"
 
 
 # Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
 FREE = {"out", "device", "log", "log_every", "save_every"}
 EVALUATION = {"eval_samples", "sample_steps", "eta", "spacing", "clip_x0", "guidance", "vae"}
+NAMED = {"dataset", "arch", "image_size", "student", "prune", "keep", "kd", "seeds"}  # they begin the name of a run
 
 
 def flag(name: str) -> str:

@@ -51,9 +51,9 @@ DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff"
         ("--dataset cifar10 --prune 0 --fold-steps 125 --kd out", FOLD),  # SFDDM
         ("", DIGITS | {"out": "runs/digits8-prune0.9-place", "fold_steps": None, "eta": 0}),
         ("--fold-steps 5 --kd out", {"init": "teacher", "lambda_diff": 0, "sample_steps": 5, "steps": 1500}),
-        ("--arch dit --process flow", {"eta": 0, "out": "runs/digits8-dit-prune0.9-flow-place"}),
+        ("--arch dit --process flow", {"eta": 0, "out": "runs/digits8-dit-prune0.9-place-process=flow"}),
         ("--arch dit --keep 0,3,7 --kd none out", {"eta": 1, "out": "runs/digits8-dit-keep0.3.7-none-out"}),
-        ("--data x --seeds 0 1", {"dataset": "folder", "out": "runs/folder64-prune0.9-place-2seeds"}),
+        ("--data x --seeds 0 1", {"dataset": "folder", "out": "runs/folder64-prune0.9-place-2seeds-data=x-importance=random"}),
         ("--dataset celeba --prune 0.6", {"steps": 240_000}),  # between two ratios: the next
         ("--dataset celeba --prune 0.95", {"steps": 500_000}),  # above all: the last
     ],
@@ -66,6 +66,22 @@ def test_a_command_line_resolves_to_the_published_settings(arguments, expected, 
     assert stop.value.code == 0 and {name: shown[name] for name in expected} == expected
     assert shown == plain(parse([*arguments.split(), *seeds]))
     assert None not in {shown[name] for name in set(PRESETS[0]) & shown.keys() if name != "image_size"}
+
+
+def test_a_run_is_named_by_what_differs_from_the_preset():
+    given = {
+        "": "", "--seeds 1 2": "-seeds1.2", "--lr 0.01 --norm-groups scale": "-norm_groups=scale-lr0.01",
+        "--teacher runs/a/student": "-teacher=a.student", "--teacher /x.pth --compile": "-teacher=x-compile",
+        "--eval-samples 9 --save-every 9 --log tensorboard": "",  # these change no weights
+    }  # fmt: skip
+    named = {arguments: parse(arguments.split()).out for arguments in given}
+    assert named == {arguments: f"runs/digits8-prune0.9-place{tail}" for arguments, tail in given.items()}
+    assert parse(["--student", "../a"]).out == "runs/digits8-a-place" and parse(["--data", "."]).out[-5:] == "data="
+    many = [x for i, name in enumerate(("lr", "warmup", "clip", "ema", "dropout", "lambda-diff", "lambda-out",
+            "lambda-feat", "steps", "batch-size", "channels", "teacher-steps")) for x in (f"--{name}", f"{1 + i}")]  # fmt: skip
+    many[7:10:2] = "0.1", "0.2"
+    long = [parse([*many, "--weight-decay", decay]).out for decay in ("1", "2")]
+    assert long[0] != long[1] and max(map(len, long)) < 160
 
 
 def test_all_presets_are_listed(capsys):
