@@ -29,7 +29,7 @@ from distil.settings import FREE, Parser, Settings, option, plain
 from distil.text_to_image import ClipScore, Vae
 from models import Network
 
-MAY_DIFFER = FREE | {"kd", "seeds", "fold_steps"}  # settings of runs in one table
+SAME = FREE | {"kd", "seeds"}  # settings in which runs may differ whose students of one method are averaged
 
 # ---- The end of a run ------------------------------------------------------------------------------------------------
 
@@ -127,30 +127,44 @@ def teacher_ways(settings: Settings, teacher: Network, process: Process) -> dict
 
 
 def join(runs: Sequence[Path]) -> str:
-    """One table over finished runs, how its numbers came about, and warnings where runs do not belong in one table.
+    """One table over finished runs, how its numbers came about, and a warning where they are not to be compared.
+    A row is a method of a run; runs that differ in seeds or methods alone count as one, the others say what differs.
     ValueError for a folder that is not that of a finished run."""
-    rows, protocols, settings = [], Counter(), {}
+    found, rows = [], []
     for run in runs:
         path = run / "metrics.json"
         try:
-            found = json.loads(path.read_text("utf-8"))
-            rows += report.rows(found)
-            protocols[found["protocol"]] += 1
-            for name, value in found.get("settings", {}).items():
-                settings.setdefault(name, set()).add(json.dumps(value))
+            metrics = json.loads(path.read_text("utf-8"))
+            rows.append(report.rows(metrics))
+            found.append((metrics["protocol"], dict(metrics.get("settings", {}))))
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; name the folder of a finished run") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what train.py writes: {type(error).__name__} {error}") from error
-    lines = [report.table(rows), ""]
-    many = "WARNING, not the same for all runs: " if len(protocols) > 1 else ""
-    lines += [many + protocol for protocol in protocols]
-    mixed = {name: sorted(values) for name, values in settings.items() if len(values) > 1 and name not in MAY_DIFFER}
-    lines += [f"WARNING: ± mixes runs that differ in {name}: {', '.join(values)}" for name, values in mixed.items()]
-    students = Counter((row["method"], row["parameters"], row["seed"]) for row in rows if "seed" in row)
-    doubled = [(f"{method} with seed {seed}", times) for (method, _, seed), times in students.items() if times > 1]
-    lines += [f"WARNING: {student} is in {times} runs and counts {times} times" for student, times in doubled]
-    return "\n".join(lines)
+    labels, protocols = differences(runs, [settings for _, settings in found]), {}
+    for label, (protocol, _), of_run in zip(labels, found, rows, strict=True):
+        protocols.setdefault(protocol, {})[label] = None
+        for row in of_run:
+            row["run"] = label
+    rows = report.shared([row for of_run in rows for row in of_run], len(set(labels)))
+    students = Counter((row["method"], row["run"], row["parameters"], row["seed"]) for row in rows if "seed" in row)
+    doubts = [f"{method} with seed {seed} counts {n} times" for (method, *_, seed), n in students.items() if n > 1]
+    if len(protocols) > 1:
+        doubts.insert(0, "not the same protocol for all rows, compare only those that share one")
+        protocols = {f"{', '.join(map(str, of))}: {protocol}": of for protocol, of in protocols.items()}
+    return "\n".join([report.table(rows), "", *protocols, *[f"WARNING: {'; '.join(doubts)}"] * bool(doubts)])
+
+
+def differences(runs: Sequence[Path], settings: Sequence[dict[str, Any]]) -> list[str | None]:
+    """What sets each run apart from the others, the same for runs that count as one; None if all do. Settings that an
+    earlier version did not have are not compared. Of runs that differ in more than three the folder is named."""
+    known = [name for name in settings[0] if name not in SAME and all(name in of_run for of_run in settings)]
+    differ = [name for name in known if any(of_run[name] != settings[0][name] for of_run in settings)]
+    if not differ:
+        return [None] * len(runs)
+    labels = [", ".join(f"{name} {of_run[name]}" for name in differ) for of_run in settings]
+    first = {label: str(run) for run, label in reversed(list(zip(runs, labels, strict=True)))}
+    return labels if len(differ) <= 3 else [first[label] for label in labels]
 
 
 # ---- FID and its relatives -------------------------------------------------------------------------------------------
@@ -199,9 +213,9 @@ def fid(flags: Flags, job: sample.Job, rooms: dict[str, list], real: data.Images
     real_features, how = metrics.reference(real, extract, count=flags.real), job.record
     sampler = next(iter(job.arguments.values()))["process"].sampler
     protocol = (
-        f"features {extract.__name__}, precision and recall k=5; {len(real_features)} of {len(real.images)} images of "
-        f"{real.name} (train), {job.count} generated, stored in 8 bits; {sampler}, {how['steps']} steps "
-        f"({how['spacing']}), eta {how['eta']:g}, guidance {how['guidance']:g}; "
+        f"features {extract.__name__}, precision and recall k=5 (of 100 images or more); {len(real_features)} of "
+        f"{len(real.images)} images of {real.name} (train), {job.count} generated, stored in 8 bits; "
+        f"{sampler}, {how['steps']} steps ({how['spacing']}), eta {how['eta']:g}, guidance {how['guidance']:g}; "
         f"{'bf16' if how['bf16'] else 'float32'}; seed {how['seed']}"
     )
     device, rows = machine.find_device(flags.device), []

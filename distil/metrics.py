@@ -4,7 +4,8 @@ What every run measures, and on what:
 
     frechet_pixels     Frechet distance of Gaussians fitted to the pixels in [-1, 1] (of 16x16 block means if larger)
     frechet_digits     the same on 64 features of a small digit classifier that is trained here; None for other data
-    precision, recall  k-nearest-neighbour manifolds with k = 5, on the digit features, on other data the pixels
+    precision, recall  k-nearest-neighbour manifolds with k = 5, on the digit features; None for other data, for raw
+                       pixels are near each other whatever they show, and None for fewer than 100 images
     teacher_mse        mean squared distance to the teacher's final samples from the same noise, in [-1, 1] units
     saturated          share of pixels with |x| > 1.2: how far the sampler left the range of images
     non_finite         number of generated images that hold a NaN or an infinity
@@ -37,6 +38,7 @@ from models import Network
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
+NEIGHBOURS = 100  # images at least, real and generated, for precision and recall to mean something
 Extract = Callable[[Tensor], Tensor]
 
 
@@ -259,10 +261,12 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
         np.random.set_state(state)
 
 
-def feature_scores(real: Tensor, fake: Tensor, device: torch.device | str = "cpu") -> dict[str, float]:
-    """frechet (FID on Inception's), kid, precision, recall of features (N, D) and (M, D), float32 on the CPU, N, M > 5.
-    device: of the neighbour search, which takes minutes on a CPU for 50,000 images."""
-    precision, recall = precision_recall(real.to(device), fake.to(device))
+def feature_scores(real: Tensor, fake: Tensor, device: torch.device | str = "cpu") -> dict[str, float | None]:
+    """frechet (FID on Inception's), kid, precision, recall of features (N, D) and (M, D), float32 on the CPU; the last
+    two None below NEIGHBOURS. device: of their search, which takes minutes on a CPU for 50,000 images."""
+    precision, recall = None, None
+    if min(len(real), len(fake)) >= NEIGHBOURS:
+        precision, recall = precision_recall(real.to(device), fake.to(device))
     scores = {"frechet": frechet(real, fake), "kid": kernel_distance(real, fake)}
     return {**scores, "precision": precision, "recall": recall}
 
@@ -279,7 +283,6 @@ def score(
     """
     finite = samples.flatten(1).isfinite().all(1)  # (n,)
     images = data.to_uint8(samples[finite])  # (m, C, H, W)
-    near = classifier.features if classifier else pixels  # the features in which neighbours are looked for
 
     def distance(extract: Extract) -> float:
         return frechet(features(extract, real), features(extract, images)) if finite.all() else math.inf
@@ -289,10 +292,12 @@ def score(
         scores["right_class"] = (classifier.predict(images) == labels[finite]).double().sum().item() / len(samples)
     scores["frechet_pixels"] = distance(pixels)
     scores["frechet_digits"] = distance(classifier.features) if classifier else None
-    precision, recall = 0.0, 0.0
-    if len(images) > 5:
-        precision, recall = precision_recall(features(near, real), features(near, images))
-    scores |= {"precision": precision * len(images) / len(samples), "recall": recall, "teacher_mse": None}
+    scores |= dict.fromkeys(("precision", "recall", "teacher_mse"))
+    if classifier and min(len(real), len(samples)) >= NEIGHBOURS:
+        near, precision, recall = classifier.features, 0.0, 0.0
+        if len(images) > 5:
+            precision, recall = precision_recall(features(near, real), features(near, images))
+        scores |= {"precision": precision * len(images) / len(samples), "recall": recall}
     if teacher_samples is not None:
         mse = (samples.double() - teacher_samples).square().mean().item()
         scores["teacher_mse"] = math.inf if math.isnan(mse) else mse

@@ -48,25 +48,38 @@ def rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def shared(rows: list[dict[str, Any]], runs: int) -> list[dict[str, Any]]:
+    """The rows, those of a floor or teacher that all the `runs` (a row's "run" is its label) have alike of none."""
+    which: dict[str, set[str | None]] = {}
+    for row in rows:
+        if "seed" not in row:
+            which.setdefault(repr({**row, "run": None}), set()).add(row["run"])
+    alike = {row for row, labels in which.items() if len(labels) == runs}
+    return [{**row, "run": None} if repr({**row, "run": None}) in alike else row for row in rows]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned Markdown: one line per method and size, floor and teacher on top, mean ± sample standard deviation.
-    A row has a method and the SCORES; parameters, seconds and seed where it is a student."""
-    groups: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: {FLOOR: 0, "teacher": 1}.get(row["method"], 2)):
-        group = groups.setdefault((row["method"], row.get("parameters")), [])
+    A row has a method and the SCORES; parameters, seconds and seed where it is a student; where there are
+    several, the "run" that it is of: a line is of one, and its share in percent is of the teacher of that one."""
+    groups: dict[tuple[str | None, str, int | None], list[dict[str, Any]]] = {}
+    runs, first = list(dict.fromkeys([None, *(row.get("run") for row in rows)])), {FLOOR: 0, "teacher": 1}
+    for row in sorted(rows, key=lambda row: (runs.index(row.get("run")), first.get(row["method"], 2))):
+        group = groups.setdefault((row.get("run"), row["method"], row.get("parameters")), [])
         known = any(all(row[key] == other[key] for key in SCORES) for other in group)
         if "seed" in row or not known:  # runs that share a teacher each bring its row along: once is enough
             group.append(row)
-    full = next((size for method, size in groups if method == "teacher"), None)
-    head = ["method", "Frechet px", "Frechet digits", "precision", "recall", "MSE to teacher", "saturated"]
+    full = {run: size for run, method, size in groups if method == "teacher"}
+    head = ["method", "run", "Frechet px", "Frechet digits", "precision", "recall", "MSE to teacher", "saturated"]
     lines = [[*head, "right class", "params", "% of teacher", "seconds"]]
-    for (method, size), group in groups.items():
+    for (run, method, size), group in groups.items():
         lost = int(sum(row["non_finite"] or 0 for row in group))
         notes = [f"n={len(group)}"] if len(group) > 1 else []
         notes += [f"{lost} not finite"] if lost > 0 else []
-        line = [f"{method} ({', '.join(notes)})" if notes else method]
+        line = [f"{method} ({', '.join(notes)})" if notes else method, run or "-"]
         line += [mean_std(row.get(key) for row in group) for key in (*SCORES[:-1], "right_class", "seconds")]
-        sizes = [f"{size:,}" if size else "-", f"{100 * size / full:.2f}" if size and full else "-"]
+        whole = full.get(run, full.get(None))
+        sizes = [f"{size:,}" if size else "-", f"{100 * size / whole:.2f}" if size and whole else "-"]
         lines.append([*line[:-1], *sizes, line[-1]])
     return aligned(lines)
 
@@ -105,7 +118,8 @@ def fid_table(rows: list[dict[str, Any]], features: str) -> str:
     lines = [["network", *names, "precision", "recall", "not finite", "params", "MACs"]]
     formats = {"frechet": ".2f", "kid": ".5f", "precision": ".3f", "recall": ".3f"}
     for row in rows:
-        line = [row["name"], *(format(row[key], form) for key, form in formats.items()), str(row["non_finite"] or "-")]
+        values = ["-" if row[key] is None else format(row[key], form) for key, form in formats.items()]
+        line = [row["name"], *values, str(row["non_finite"] or "-")]
         lines.append([*line, f"{row['parameters']:,}", f"{row['macs'] / 1e9:.3f} G"])
     return aligned(lines)
 
@@ -117,17 +131,17 @@ def protocol(
 
     real, floor: how many images of the train and of the held-out split. told: the keys of the networks' conditions.
     """
-    digits, neighbours = "", "the same pixels"
+    digits = ""
     if classifier is not None:
-        digits = "Frechet digits, "
-        neighbours = f"64 features of a digit classifier ({classifier.accuracy:.1%} of held-out digits right)"
+        near = f"64 features of a digit classifier ({classifier.accuracy:.1%} of held-out digits right)"
+        digits = f"Frechet digits, precision, recall (k=5): {near}; "
     images = f"{real} real, {settings.eval_samples} generated" + (f", {floor} held out" if floor > 0 else "")
     sampling = f"{sampler}, {settings.sample_steps} steps, eta {settings.eta:g}"
     if told:
         sampling += f", guidance {settings.guidance:g}, {'classes in turn' if 'y' in told else 'captions'}"
     return (
-        f"Frechet px: pixels in [-1, 1]; {digits}precision, recall (k=5): {neighbours}; these on samples clamped to "
-        f"[-1, 1] and rounded to 8 bits, MSE and saturated (|x| > 1.2) on raw samples; {images}; {sampling}; "
+        f"Frechet px: pixels in [-1, 1]; {digits}these on samples clamped to [-1, 1] and rounded "
+        f"to 8 bits, MSE and saturated (|x| > 1.2) on raw samples; {images}; {sampling}; "
         f"EMA {settings.ema:g}; seed {settings.seed}"
     )
 

@@ -116,14 +116,43 @@ def test_command_line_joins_runs(tmp_path, capsys):
     assert cells(out)["place (n=3)"][0] == "4.00 ± 2.00" and out.count("| teacher ") == 1
     assert out.count("as usual") == 1 and "WARNING" not in out
 
-    other = write_run(tmp_path / "other", a_metrics(norm_groups="scale") | {"protocol": "with 10 steps"})
-    assert evaluate.main([one, two, other]) == 0
+    assert evaluate.main([one, two, one]) == 0
     out = capsys.readouterr().out
-    assert cells(out)["place (n=6)"][0] == "inf"
-    warnings = [line for line in out.splitlines() if line.startswith("WARNING")]
-    for part in ("as usual", "with 10 steps", "place with seed 0 is in 2 runs", 'norm_groups: "keep", "scale"'):
-        assert sum(part in line for line in warnings) == 1
-    assert len(warnings) == 5
+    assert cells(out)["place (n=6)"][0] == "inf" and "| run " not in out
+    assert out.endswith("WARNING: place with seed 0 counts 2 times; place with seed 1 counts 2 times\n")
+
+
+def test_runs_that_differ_stand_in_rows_of_their_own_with_shares_of_their_own_teachers(tmp_path, capsys):
+    one = write_run(tmp_path / "one", a_metrics())
+    other = write_run(tmp_path / "other", a_metrics(norm_groups="scale"))
+    assert evaluate.main([one, other]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"][2:]
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[:2] for row in found] == [
+        [report.FLOOR, "-"], ["teacher", "-"], ["place (n=2)", "norm_groups keep"],
+        ["place (n=2)", "norm_groups scale"],
+    ]  # fmt: skip
+
+    small = a_metrics(norm_groups="scale", steps=7) | {"protocol": "in 10 steps"}
+    small["teacher"] |= {"parameters": 86_884}
+    old = write_run(tmp_path / "old", a_metrics())  # without the setting `steps`, which is then not compared
+    assert evaluate.main([old, write_run(tmp_path / "small", small)]) == 0
+    table, _, notes = capsys.readouterr().out.partition("\n\n")
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert [(row[0], row[1], row[-2]) for row in found] == [
+        (report.FLOOR, "-", "-"), ("teacher", "norm_groups keep", "100.00"),
+        ("place (n=2)", "norm_groups keep", "1.67"),
+        ("teacher", "norm_groups scale", "100.00"), ("place (n=2)", "norm_groups scale", "50.00"),
+    ]  # fmt: skip
+    assert "norm_groups keep: as usual\nnorm_groups scale: in 10 steps\nWARNING: not the same protocol" in notes
+
+    many = dict.fromkeys(("lr", "steps", "clip"), 2)
+    both = [
+        write_run(tmp_path / f"{i}", a_metrics(norm_groups=str(i), **{n: i * x for n, x in many.items()}))
+        for i in (1, 2)
+    ]
+    assert evaluate.main(both) == 0
+    assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[4:6]] == both
 
 
 # ---- FID and its relatives -------------------------------------------------------------------------------------------
@@ -142,6 +171,7 @@ def test_a_run_and_its_students_are_evaluated(capsys):
     images = np.load("runs/evaluation/first-place-0/samples.npy")
     assert found["frechet"] == metrics.frechet(real, means(torch.from_numpy(images)))
     assert found["parameters"] == metrics.parameters(net) and found["protocol"] in out
+    assert found["precision"] is found["recall"] is None  # of 12 images
 
     inception = metrics.Inception(network=means)
     assert evaluate.main(["runs/first/student/out-0", *FEW, "--out", "b"], inception) == 0
