@@ -351,7 +351,7 @@ def distil(run: Run) -> dict[str, Any] | None:
     for student in students:
         student.ema.save(folders[student.name])
     metrics = evaluate.measure(settings, run.images, run.held_out, teacher, run.vae, students, process, run.device)
-    for place in (folder, *folders.values()):
+    for place in dict.fromkeys((folder, folder / "student", *folders.values())):
         report.card(place, metrics)
     machine.write_json(folder / "metrics.json", metrics)
     announce(metrics, folder)

@@ -19,7 +19,6 @@ from distil import data, machine
 from distil.metrics import SCORES, DigitClassifier
 from distil.settings import Settings
 from distil.text_to_image import export_snippet
-from models import FILES
 
 FLOOR = "real, held out"  # the name of the row that sets real images against real ones
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
@@ -305,16 +304,37 @@ def title(settings: dict[str, Any]) -> str:
 
 
 def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """How to load the network in `folder`, as a block of Markdown in a list; [] if there is none."""
-    if not (folder / "config.json").exists():
+    """How to draw images with the networks in `folder` and below it, as blocks of Markdown; [] if there are none."""
+    configs = {file.parent: json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("**/config.json"))}
+    nets = {
+        net.relative_to(folder.parent).as_posix(): c for net, c in configs.items() if {"class", "_class_name"} & {*c}
+    }
+    if not nets:
         return []
-    if all((folder / name).exists() for name in FILES):
-        call, fold = "net(x_t, t) -> noise", settings.get("fold_steps")
-        if fold is not None:
-            call += f", 0 <= t < {fold}: the timesteps of distil.process.make_process(fold={fold})"
-        return [f"```python\nimport models\n\nnet = models.load({folder.name!r})  # {call}\n```"]
-    source = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name")  # of a network of diffusers
-    return [] if source is None else [export_snippet(source, folder.name, settings["teacher"])]
+    where, config = list(nets.items())[-1]
+    several = [f"Its networks, each used as the last one below: {', '.join(nets)}"] * (len(nets) > 1)
+    if source := config.get("_class_name"):  # of a network of diffusers
+        return [*several, export_snippet(source, where, settings["teacher"])]
+    name, spacing = settings.get("process") or "ddpm", settings.get("spacing") or "leading"
+    known = "" if (name, spacing) == ("ddpm", "leading") else f", {name!r}, {spacing!r}"
+    options = f"seed=0, steps={settings.get('sample_steps') or 100}"
+    if "num_classes" in config:
+        options += f", guidance={settings['guidance']:g}, cond=sample.classes_in_turn(net, 16)"
+    if config["in_channels"] not in (1, 3):  # latents
+        options += f", vae=Vae({settings.get('vae') or 'the VAE'!r})"
+    vae = "from distil.text_to_image import Vae\n" if "Vae(" in options else ""
+    return [
+        *several,
+        f"""```python
+import models
+from distil import report, sample
+from distil.process import process_of
+{vae}
+net = models.load({where!r})
+images = sample.sample(net, process_of(net{known}), 16, {options})  # (16, C, H, W), about -1 to 1
+report.grid("more.png", {{"{settings["kd"][-1]}": images}})
+```""",
+    ]
 
 
 def commit() -> str | None:

@@ -230,7 +230,8 @@ def open_networks(runs: Sequence[Path]) -> dict[str, Network]:
     """The students of these runs, and the networks in these folders, by name. ValueError if they do not belong in one
     table or picture."""
     nets: dict[str, Network] = {}
-    for run in runs:
+    several = [run.name == "student" and not (run / "config.json").exists() for run in runs]
+    for run in [run.parent if of_run else run for run, of_run in zip(runs, several, strict=True)]:
         students, name = sorted(file.parent for file in run.glob("student/**/config.json")), run.resolve().name
         for folder in students or [run]:
             called = f"{name}-{folder.name}" if len(students) > 1 else name

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from PIL import Image
 
 import models
 from distil import data, report
-from distil.metrics import SCORES, parameters
+from distil.metrics import SCORES
 from distil.settings import Settings
 
 SCORE = dict.fromkeys(SCORES, 1.0) | {"non_finite": 0}
@@ -202,9 +203,13 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
         assert json.loads(body.split("```json\n")[1].split("```")[0]) == settings
         if commit := report.commit():
             assert f"commit `{commit}`" in body and len(commit.removesuffix("-dirty")) == 40
-    assert "![samples.png](samples.png)" in run and "curves.png" not in run and "models.load" not in run
-    assert "samples.png" not in student and "models.load('student')  # net(x_t, t) -> noise\n" in student
-    assert parameters(models.load("run/student")) == parameters(net)
+    assert "![samples.png](samples.png)" in run and "curves.png" not in run and "samples.png" not in student
+    assert "models.load('run/student')" in run and "models.load('student')" in student
+    for folder, text in ((".", run), ("run", student)):  # the code of a card runs beside its folder, six lines long
+        monkeypatch.chdir(tmp_path / folder)
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        exec(compile(code.replace("steps=100", "steps=2"), "README.md", "exec"), names := {})
+        assert len(code.split("\n")) == 8 and names["images"].shape == (16, 1, 8, 8) and Path("more.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -221,9 +226,15 @@ def test_titles_of_cards(changed, title):
 
 
 def test_how_to_load_students_of_other_kinds(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
-    (text,) = report.loading(tmp_path, {"teacher": "a/pipeline"})
+    assert report.loading(tmp_path, {}) == []
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    (text,) = report.loading(tmp_path / "a", {"teacher": "a/pipeline"})
     assert 'DiffusionPipeline.from_pretrained("a/pipeline", transformer=student)' in text
-    (tmp_path / "model.safetensors").touch()
-    (text,) = report.loading(tmp_path, {"fold_steps": 10})
-    assert "0 <= t < 10: the timesteps of distil.process.make_process(fold=10)" in text
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text('{"class": "DiT", "num_classes": 10, "in_channels": 4}')
+    settings = {"guidance": 1.5, "vae": "a/vae", "kd": ["place"], "process": "flow"}
+    several, text = report.loading(tmp_path, settings)
+    assert f"{tmp_path.name}/a, {tmp_path.name}/b" in several and f"models.load('{tmp_path.name}/b')" in text
+    for part in ("Vae('a/vae')", "import Vae\n", "guidance=1.5", "process_of(net, 'flow', 'leading')"):
+        assert part in text

@@ -233,6 +233,7 @@ def test_images_of_the_students_of_a_run(capsys):
     expected = sample.sample(tiny(0), DDPM(), 5, seed=0, steps=3, progress=False)
     assert (images == sample.visible(expected)[:, 0]).all()
 
+    assert list(sample.open_networks([Path("runs/first/student")])) == ["first-out-0", "first-place-0"]
     assert sample.main(["runs/first/student/place-0", "--sample-steps", "2", "--device", "cpu"]) == 0
     assert len(list(Path("runs/samples/place-0").glob("*.png"))) == 16 and Path("runs/samples/samples.png").is_file()
 
