@@ -574,10 +574,12 @@ def load(folder: str | os.PathLike) -> Network:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict) or config.get("class") not in NETWORKS:
             raise ValueError(f'config.json must have a "class", one of: {", ".join(NETWORKS)}')
-        network, process = NETWORKS[config.pop("class")], config.pop("process", {})
+        network, process = NETWORKS[config.pop("class")], dict(config.pop("process", {}))
         config.pop("widths", None)  # of older files; the weights have them, too
         if (steps := config.pop("fold_steps", None)) is not None:  # of older files
             process = {"fold": steps}
+        if isinstance(fold := process.get("fold"), int):  # of older files, too: the ends of so many equal parts
+            process["fold"] = [(t + 1) * 1000 // fold - 1 for t in range(fold)]
         net = build(network, config, load_file(folder / "model.safetensors")).eval()
     except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error

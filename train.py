@@ -33,7 +33,7 @@ from tqdm import tqdm
 from distil import data, evaluate, fast_loss, machine, report
 from distil.machine import Stop, hash_seed, mean_over_ranks, rank_and_world, say
 from distil.prepare import Batch, Run, batches, new_network, prepare, smaller, start_of, teacher_settings
-from distil.process import Process, make_process, process_of, split
+from distil.process import Process, fold_of, make_process, process_of, split
 from distil.students import FEATURES, ShardedStudent, Student, autocast, find_dtype, predict, tap, timed
 from lift_place import PRESETS, Distillation, adaptive, schedule
 from models import Network
@@ -305,15 +305,19 @@ def train_teacher(run: Run, process: Process) -> nn.Module | None:
     return student.ema
 
 
-def make_students(run: Run, teacher: Network, process: Process) -> tuple[list[Student], nn.Module]:
-    """One student per method and seed, those of one seed alike; and the teacher, `Tapped` if one needs its features."""
+def make_students(
+    run: Run, teacher: Network, process: Process, time: dict[str, Any]
+) -> tuple[list[Student], nn.Module]:
+    """One student per method and seed, those of one seed alike; and the teacher, `Tapped` if one needs its features.
+
+    process: of the teacher. time: `Network.process` of the students.
+    """
     settings, methods = run.settings, [resolve(run.settings, name) for name in run.settings.kd]
     plainly = resolve(settings, settings.kd[0])._replace(lambda_diff=1.0)
     nets = smaller(run, teacher, process, lambda output, batch: diffusion_loss(plainly, process, batch, output))
     teacher.requires_grad_(False).zero_grad(set_to_none=True)
     comparing = [method for method in methods if method.features is not None]
     tapped = tap(teacher, nets[0], comparing[0].taps) if comparing else teacher
-    time = teacher.process if settings.fold_steps is None else {**teacher.process, "fold": settings.fold_steps}
     kind = ShardedStudent if settings.fsdp else Student
     students = []
     for seed, net in zip(settings.seeds, nets, strict=True):
@@ -333,10 +337,12 @@ def distil(run: Run) -> dict[str, Any] | None:
         return None
     process = process_of(teacher, settings.process, settings.spacing, settings.clip_x0)
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients
-    students, tapped = make_students(run, teacher, process)
-    teacher.settle(find_dtype(settings, run.device))
+    own, time = process, teacher.process
     if settings.fold_steps is not None:
-        process = process.fold(settings.fold_steps)  # of the students
+        process = own.fold(settings.fold_steps, settings.fold_end)  # of the students
+        time = fold_of(teacher, process)
+    students, tapped = make_students(run, teacher, own, time)
+    teacher.settle(find_dtype(settings, run.device))
     if settings.compile:
         tapped.compile()
     if not resume(settings, students, tapped, run, process, run.checkpoint):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distil import data, importance, teachers, text_to_image
 from distil.fast_loss import place
 from distil.machine import find_device, hash_seed, on_device, rank_0_first, rank_and_world, say
-from distil.process import Process, process_of
+from distil.process import Process, make_process, process_of
 from distil.settings import EVALUATION, FREE, SD_STUDENTS, Settings, flag, plain, preset
 from distil.students import autocast
 from models import DiT, Network, UNet, check_blocks, load_checkpoint, prune_channels, prune_depth, uniform_blocks
@@ -234,17 +234,27 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
 
 def check_steps(settings: Settings, teacher: Network | None, student: Network | None) -> None:
     """ValueError where the timesteps of the run, of its teacher and of a given student do not go together."""
-    total, fold = 1000 if teacher is None else process_of(teacher, settings.process).steps, settings.fold_steps
-    has = fold or total
-    if fold is not None and total != 1000 and total % fold:
-        theirs = f"--teacher {settings.teacher}, which has {total} timesteps: take a divisor of {total}"
-        raise ValueError(f"--fold-steps {fold} does not match {theirs}")
-    if settings.sample_steps > has:
-        raise ValueError(f"--sample-steps {settings.sample_steps} cannot be used, the teacher has {has} timesteps")
-    own = has if student is None else student.process.get("fold", has)
-    if own != has:
-        remedy = f"use --fold-steps {own}, or another student"
-        raise ValueError(f"--student {settings.student} has {own} timesteps, this run {has}: {remedy}")
+    process = make_process(settings.process) if teacher is None else process_of(teacher, settings.process)
+    if settings.fold_steps is not None:
+        try:
+            process = process.fold(settings.fold_steps, settings.fold_end)
+        except ValueError as error:
+            raise ValueError(f"--fold-steps cannot be used: {error}") from error
+    if settings.sample_steps > process.steps:
+        has = f"the teacher has {process.steps} timesteps"
+        raise ValueError(f"--sample-steps {settings.sample_steps} cannot be used, {has}")
+    if student is None:
+        return
+    own, what = process_of(student, settings.process), f"--student {settings.student}"
+    if own.steps != process.steps:
+        remedy = f"use --fold-steps {own.steps}, or another student"
+        raise ValueError(f"{what} has {own.steps} timesteps, this run {process.steps}: {remedy}")
+    t, (x0, noise) = torch.tensor(process.timesteps(process.steps)), torch.tensor([1.0, 2.0]).expand(own.steps, 2).T
+    if not all(torch.equal(getattr(own, of)(x0, noise, t), getattr(process, of)(x0, noise, t)) for of in SAME):
+        raise ValueError(f"{what} was trained for other noise at a timestep, or to predict something else than the run")
+
+
+SAME = ("add_noise", "target")  # what two processes have to agree on
 
 
 def open_vae(settings: Settings, images: data.Images, device: torch.device) -> text_to_image.Vae | None:
@@ -297,7 +307,7 @@ def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
 
 def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path) -> None:
     """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
-    now = plain(settings)
+    now, former = plain(settings), {"fold_end": "last" if former.get("fold_steps") else None, **former}  # once always
     differ = [name for name in now if name not in FREE | EVALUATION and now[name] != former.get(name)]
     if differ:
         changes = ", ".join(f"{flag(name)} was {former.get(name)}, is {now[name]}" for name in differ)

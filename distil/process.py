@@ -38,14 +38,13 @@ class Process:
     """What all processes have in common."""
 
     steps: int  # T, or how many units of t there are
-    folded_from: int  # T of the process that this one was folded from; its own if it was not
     sampler: str  # how samples are drawn, in words
     latest: float  # the noisiest time
     clean: float  # the time of the clean image, where a sampler ends
     whole_t: bool  # times are integers
 
-    def fold(self, steps: int) -> "Process":
-        """The process of a student of so few steps; ValueError for a number, or a process, that cannot be folded."""
+    def fold(self, steps: int | Sequence[int], end: str = "published") -> "Process":
+        """The process of a student of fewer steps, see `DDPM.fold`; ValueError for what cannot be folded."""
         raise ValueError("only DDPM can be folded to fewer steps; a flow is sampled in any number of steps as it is")
 
     def phi(self, t: Tensor) -> Tensor:
@@ -147,19 +146,42 @@ class Process:
         return x
 
 
+def _betas(alpha_bar: Tensor) -> Tensor:
+    """The betas (T,) that give alpha_bar (T + 1,), which starts with the clean image; at most 0.999, as published."""
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+def _grid(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+# How the betas grow, (T, beta_start, beta_end) -> (T,): in equal steps (DDPM); their roots do (Stable Diffusion); as a
+# sigmoid (diffusers). Or how alpha_bar falls, whatever the ends: as a squared cosine (arXiv 2102.09672, in diffusers
+# squaredcos_cap_v2); as a sigmoid (arXiv 2212.11972; SFDDM's code).
+SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": lambda n, start, end: _grid(start, end, n),
+    "scaled_linear": lambda n, start, end: _grid(start**0.5, end**0.5, n) ** 2,
+    "sigmoid": lambda n, start, end: _grid(-6, 6, n).sigmoid() * (end - start) + start,
+    "cosine": lambda n, *_: _betas(((_grid(0, 1, n + 1) + 0.008) / 1.008 * math.pi / 2).cos().square()),
+    "sigmoid_alpha_bar": lambda n, *_: _betas(1 / (1 + math.exp(-3)) - _grid(-3, 3, n + 1).sigmoid()),
+}
+
+
 class DDPM(Process):
-    """Prediction of the noise, or of v, sampled by DDIM.
+    """Prediction of the noise, of v, or of the image, sampled by DDIM.
 
     Args:
         steps: T, the number of training timesteps; timesteps are the integers 0 .. T - 1.
         beta_start, beta_end: variance of the noise added by the first and by the last timestep, in (0, 1).
         spacing: which timesteps a sampler of few steps visits, see `timesteps`.
-        schedule: how the betas grow, "linear" or, as Stable Diffusion's do, "scaled_linear": their roots do.
-        prediction: what the network predicts, "noise" or "v" = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512).
+        schedule: how the betas grow, see `SCHEDULES`.
+        prediction: what the network predicts, "noise", "v" = sqrt(a_t) noise - sqrt(1 - a_t) x0 (arXiv 2202.00512), or
+            "x0".
         clip_x0: whether a sampler clamps the predicted image to [-1, 1] at every step, and the noise with it. Of
             pixels only; the paper's samples are drawn without, SFDDM's with.
 
-    Attributes: `betas` and `alpha_bar`, both (`steps`,) float32 on the CPU.
+    Attributes: `betas` and `alpha_bar`, both (`steps`,) float32, and `index`, int64, the timesteps of the process that
+    this one was folded from; on the CPU.
 
     Raises:
         ValueError: `steps` below 1, not 0 < beta_start <= beta_end < 1, or an unknown word.
@@ -171,22 +193,19 @@ class DDPM(Process):
         self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2, spacing: str = "leading",
         schedule: str = "linear", prediction: str = "noise", clip_x0: bool = False,
     ):  # fmt: skip
-        words = {"spacing": ("leading", "linspace"), "schedule": ("linear", "scaled_linear")}
-        words |= {"prediction": ("noise", "v")}
+        words = {"spacing": ("leading", "linspace"), "schedule": tuple(SCHEDULES), "prediction": ("noise", "v", "x0")}
         for name, known in words.items():
             if (given := locals()[name]) not in known:
-                raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, not {given!r}")
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {given!r}")
         if steps < 1:
             raise ValueError(f"DDPM needs at least 1 timestep, got steps={steps}; the published models use 1000")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         self.spacing, self.prediction, self.clip_x0 = spacing, prediction, clip_x0
         self.sampler = "DDIM with clipped x0" if clip_x0 else "DDIM"
-        power = 1 if schedule == "linear" else 2
-        roots = torch.linspace(beta_start ** (1 / power), beta_end ** (1 / power), steps, dtype=torch.float64)
-        self.betas = (roots**power).float()  # (T,)
+        self.betas = SCHEDULES[schedule](steps, beta_start, beta_end).float()  # (T,)
         self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
-        self.steps = self.folded_from = steps
+        self.steps, self.index = steps, torch.arange(steps)
         self._tables()
 
     def _tables(self) -> None:
@@ -195,27 +214,38 @@ class DDPM(Process):
         self._on: dict[tuple[str, torch.device], Tensor] = {}  # tables, copied to each device once
         self.__dict__.pop("_posterior", None)
 
-    def fold(self, steps: int) -> "DDPM":
-        """The process of a student that needs only T' = `steps` steps: this one at T' of its T timesteps (SFDDM).
+    def fold(self, steps: int | Sequence[int], end: str = "published") -> "DDPM":
+        """The process of a student that needs only T' < T steps: this one at T' of its T timesteps (SFDDM).
 
-        The student's timestep t' stands for `phi(t')` = (t' + 1) T // T' - 1 here: a'_t' = a_phi(t'), so x'_t' IS
-        x_phi(t') for the same image and noise. These are evenly spaced, with gaps that differ by at most one, and end
-        at T - 1: sampling starts from noise as pure as here. (The published c t', c = T // T', ends before it, for
-        T = 1000 and T' = 128 at 889.) T' = T gives the same process, and T' need not divide T.
+        The student's timestep t' stands for `phi(t')` here: a'_t' = a_phi(t'), so x'_t' IS x_phi(t') for the same image
+        and noise. T' = T gives the same process, and T' need not divide T.
+
+        steps  these timesteps, growing; or T', then phi(t') = c t' with c = T // T', as published
+        end    "last" sets phi(t') = (t' + 1) T // T' - 1 instead, which ends at T - 1: sampling starts from noise as
+               pure as here (c t' does not, for T = 1000 and T' = 128 it ends at 889), but the first error of a sampler
+               is multiplied by 1 / sqrt(a), which is 157 at T - 1 and 26 at the published end for T' = 5
         """
-        if not 1 <= steps <= self.steps:
-            raise ValueError(f"a process of {self.steps} timesteps folds to 1 to {self.steps} steps, not {steps}")
+        if isinstance(steps, int):
+            if end not in ("published", "last"):
+                raise ValueError(f"a fold ends as 'published' or at the 'last' timestep, not {end!r}")
+            if not 1 <= steps <= self.steps:
+                raise ValueError(f"a process of {self.steps} timesteps folds to 1 to {self.steps} steps, not {steps}")
+            if end == "published" and 1 == steps < self.steps:
+                raise ValueError("the published fold to 1 step is t = 0 alone, an image without noise: let it end last")
+            ends = [(t + 1) * self.steps // steps - 1 for t in range(steps)]
+            steps = [t * (self.steps // steps) for t in range(steps)] if end == "published" else ends
+        if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0 or steps[-1] >= self.steps:
+            raise ValueError(f"the timesteps of a fold must be growing numbers from 0 to {self.steps - 1}: {steps}")
         folded = copy.copy(self)
-        folded.steps, folded.folded_from = steps, self.steps
-        phi = folded.phi(torch.arange(steps))  # (T',)
-        folded.alpha_bar = self.alpha_bar[phi]
-        logs = torch.log1p(-self.betas.double()).cumsum(0)[phi]  # in float64, for beta' is a small difference
+        folded.steps, folded.index = len(steps), torch.tensor(steps)
+        folded.alpha_bar = self.alpha_bar[folded.index]
+        logs = torch.log1p(-self.betas.double()).cumsum(0)[folded.index]  # float64: beta' is a small difference
         folded.betas = -torch.expm1(logs.diff(prepend=logs.new_zeros(1))).float()
         folded._tables()
         return folded
 
     def phi(self, t: Tensor) -> Tensor:
-        return (t + 1) * self.folded_from // self.steps - 1
+        return self._at(t, t, "index")
 
     def _shares(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """q(x_t | x0): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (DDPM eq. 4)."""
@@ -223,9 +253,9 @@ class DDPM(Process):
         return a.sqrt(), (1 - a).sqrt()
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noise itself, or v."""
-        if self.prediction == "noise":
-            return noise
+        """The noise itself, or v, or x0."""
+        if self.prediction != "v":
+            return noise if self.prediction == "noise" else x0
         a = self._at(t, x0, "alpha_bar")  # (B, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * x0
 
@@ -234,6 +264,8 @@ class DDPM(Process):
         if self.prediction == "noise":
             return prediction
         a = self._at(t, x_t, "alpha_bar")  # (B, 1, 1, 1)
+        if self.prediction == "x0":
+            return (x_t - a.sqrt() * prediction) / (1 - a).sqrt()
         return a.sqrt() * prediction + (1 - a).sqrt() * x_t
 
     def _at(self, t: Tensor, like: Tensor, name: str) -> Tensor:
@@ -311,6 +343,8 @@ class DDPM(Process):
         beta = 1 - a / a_next  # of this step, which may span several timesteps
         sigma = eta * math.sqrt(beta * (1 - a_next) / (1 - a))
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        if self.prediction == "x0":
+            x0 = prediction  # not by way of the noise, which loses digits where a is small
         if self.clip_x0:
             x0 = x0.clamp(-1, 1)
             eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
@@ -336,7 +370,7 @@ class RectifiedFlow(Process):
     ValueError if it is not above 0.
     """
 
-    sampler, steps, folded_from, latest, clean, whole_t = "Euler", 1000, 1000, 1000, 0.0, False
+    sampler, steps, latest, clean, whole_t = "Euler", 1000, 1000, 0.0, False
 
     def __init__(self, shift: float = 1.0):
         if not 0 < shift < math.inf:
@@ -426,21 +460,30 @@ def _start(net: Net, shape: Sequence[int], noise: Tensor | None, generator: Sour
 
 
 def make_process(
-    name: str = "ddpm", fold: int | None = None, spacing: str = "leading", clip_x0: bool = False
-) -> Process:
-    """The process of that name in `settings.PROCESSES`; the rest concerns DDPM alone, and a flow leaves it aside."""
-    kind, arguments = PROCESSES[name]
+    name: str = "ddpm", fold: int | Sequence[int] | None = None, spacing: str = "leading", clip_x0: bool = False,
+    **arguments: Any,
+) -> Process:  # fmt: skip
+    """The process of that name in `settings.PROCESSES`, with other `arguments` where they are given.
+
+    fold, spacing, clip_x0: of DDPM, a flow leaves them aside. A folded process knows its own timesteps alone: `phi` is
+    the identity.
+    """
+    kind, usual = PROCESSES[name]
     if kind == "flow":
-        return RectifiedFlow(**arguments)
-    process = DDPM(**arguments, spacing=spacing, clip_x0=clip_x0)
-    return process if fold is None else process.fold(fold)
+        return RectifiedFlow(**{**usual, **arguments})
+    process = DDPM(**{**usual, **arguments}, spacing=spacing, clip_x0=clip_x0)
+    if fold is not None:
+        process = process.fold(fold)
+        process.index = torch.arange(process.steps)
+    return process
 
 
 def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False) -> Process:
-    """The process as this network knows it (`net.process`): its timesteps are all there are, and `phi` is the identity.
+    """The process as this network knows it (`net.process`). name: of networks that do not say."""
+    return make_process(**{"name": name, "spacing": spacing, "clip_x0": clip_x0, **net.process})
 
-    name: of networks that do not say.
-    """
-    process = make_process(**{"name": name, "spacing": spacing, "clip_x0": clip_x0, **net.process})
-    process.folded_from = process.steps  # also that of a folded student, which may teach others
-    return process
+
+def fold_of(net: nn.Module, folded: Process) -> dict[str, Any]:
+    """`Network.process` of the students of `net` whose process was folded from that of `net`."""
+    former = net.process.get("fold", range(int(folded.index[-1]) + 1))
+    return {**net.process, "fold": [former[t] for t in folded.index.tolist()]}

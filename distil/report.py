@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distil import data, machine
 from distil.metrics import SCORES, DigitClassifier
-from distil.settings import Settings
+from distil.settings import Settings, folded_to
 from distil.text_to_image import export_snippet
 
 FLOOR = "real, held out"  # the name of the row that sets real images against real ones
@@ -299,7 +299,7 @@ def title(settings: dict[str, Any]) -> str:
         cut = f"student {settings['student']}"
     else:
         cut = f"{settings['prune']:.0%} of the {'channels' if arch == 'unet' else 'blocks'} pruned"
-    fold = "" if settings.get("fold_steps") is None else f" to {settings['fold_steps']} steps"
+    fold = "" if settings.get("fold_steps") is None else f" to {folded_to(settings['fold_steps'])} steps"
     return f"{dataset}, {cut}, distilled with {', '.join(settings['kd'])}{fold}"
 
 

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -42,12 +43,13 @@ class Arch(NamedTuple):
 ARCHS = {"unet": Arch("channels"), "dit": Arch("blocks"), "sd": Arch("stages", True), "mmdit": Arch("blocks", True)}
 
 # --process: a kind of distil/process.py and its arguments. "sd" is Stable Diffusion 1, 2-base and 2.1-base, "sd-v" 2
-# and 2.1 at 768 pixels, "sd3" Stable Diffusion 3 and 3.5.
+# and 2.1 at 768 pixels, "sfddm" the teacher of SFDDM, "sd3" Stable Diffusion 3 and 3.5.
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "schedule": "scaled_linear"}
 PROCESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("ddpm", {}),
     "sd": ("ddpm", STABLE),
     "sd-v": ("ddpm", {**STABLE, "prediction": "v"}),
+    "sfddm": ("ddpm", {"steps": 1024, "schedule": "sigmoid_alpha_bar"}),
     "flow": ("flow", {}),
     "sd3": ("flow", {"shift": 3.0}),
 }
@@ -132,12 +134,12 @@ PRESETS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 # What --fold-steps changes in a line: SFDDM has no term for the data. Of its published settings only that of CIFAR-10
-# is known, unpruned and from scratch (there T = 1024 to 128 with sigmoid betas, here T = 1000 and linear ones).
+# is known, unpruned and from scratch (with --process sfddm --fold-steps 128).
 FOLD = {"lambda_diff": 0.0}
 FOLD_CIFAR10 = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0.0, "dropout": 0.0, "init": "random"}
 
 
-def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: int | None = None) -> dict[str, Any]:
+def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: Any = None) -> dict[str, Any]:
     """The settings of a data set: the line of PRESETS with the smallest ratio not below `prune`, else its last.
 
     arch: None is the architecture of the data set's first line.
@@ -147,13 +149,24 @@ def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: int 
     line = next((row for row in lines if prune <= row["prune"]), lines[-1])
     if fold_steps is not None:
         published = FOLD_CIFAR10 if dataset == "cifar10" and prune == 0 else {}
-        line = line | FOLD | {"sample_steps": fold_steps} | published
+        end = "published" if isinstance(fold_steps, int) else None
+        line = line | FOLD | {"sample_steps": max(1, folded_to(fold_steps)), "fold_end": end} | published
     return line
 
 
 def numbers(text: str) -> tuple[int, ...]:
     """ "0,2,5" -> (0, 2, 5)."""
     return tuple(int(part) for part in text.split(","))
+
+
+def number_or_numbers(text: str) -> int | tuple[int, ...]:
+    """ "5" -> 5, "0,2,5" -> (0, 2, 5)."""
+    return numbers(text) if "," in text else int(text)
+
+
+def folded_to(fold_steps: int | Sequence[int]) -> int:
+    """How many steps a --fold-steps leaves."""
+    return fold_steps if isinstance(fold_steps, int) else len(fold_steps)
 
 
 def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
@@ -195,7 +208,10 @@ class Settings:
     teacher: str | None = option(None, "checkpoint, folder, hub id, auto (the public one), train (here, kept in runs)")
     student: str | None = option(None, f"network to start from: a folder; sd: or {', '.join(SD_STUDENTS)}")
     init: str | None = option(None, "their first weights: the teacher's, or random ones", choices=("teacher", "random"))
-    fold_steps: int | None = option(None, "T' of students of few steps (SFDDM)", int, low=1, high=1000)
+    fold_steps: int | tuple[int, ...] | None = option(
+        None, "T' of students of few steps (SFDDM), or the timesteps, as 0,40,80", number_or_numbers, low=0, high=1024
+    )
+    fold_end: str | None = option(None, "of T' timesteps: as published, or at T - 1", choices=("published", "last"))
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
     channels: int | None = option(None, "its width at the first level, or dit: of a token", int, low=1)
@@ -221,7 +237,7 @@ class Settings:
     norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
     schedule: str = option("adaptive", "w of lift and place", choices=("adaptive", "constant", "linear", "cosine"))
     eval_samples: int | None = option(None, "images to sample from every student, 0: no evaluation", int, low=0)
-    sample_steps: int | None = option(None, "DDIM steps", int, low=1, high=1000)
+    sample_steps: int | None = option(None, "DDIM steps", int, low=1, high=1024)
     eta: float | None = option(None, "DDIM eta: 0 deterministic, 1 ancestral DDPM", float, low=0, high=1)
     spacing: str | None = option(None, "of the sampler: as ddim's, as DiT's", choices=("leading", "linspace"))
     clip_x0: bool = option(False, "clamp the predicted image at every step of the sampler; the paper does not", bool)
@@ -299,6 +315,8 @@ class Settings:
                 "dropout a seed draws nothing but random channels, blocks or weights: prune with "
                 f"{drawn[0]} random, or use --init random, or one seed"
             )
+        if self.fold_end is not None and not isinstance(self.fold_steps, int):
+            raise ValueError("--fold-end says how T' timesteps end: use it with --fold-steps and a number")
         if self.fold_steps is not None:
             self._refuse_fold()
         if "none" in self.kd and self.lambda_diff == 0:
@@ -317,11 +335,8 @@ class Settings:
             )
         if ARCHS[self.arch].pruning != "channels":
             raise ValueError("--fold-steps takes --arch unet: the variance that others predict is that of all steps")
-        if self.sample_steps > self.fold_steps:
-            raise ValueError(
-                f"--sample-steps {self.sample_steps} cannot be used, a student of --fold-steps {self.fold_steps} "
-                f"has at most {self.fold_steps}"
-            )
+        if self.sample_steps > max(1, n := folded_to(self.fold_steps)):  # 0 is refused with the process
+            raise ValueError(f"--sample-steps {self.sample_steps} cannot be used, a student of {n} has at most {n}")
 
     def _name(self) -> str:
         """The name of the run's folder: what it makes, then whatever differs from the preset."""

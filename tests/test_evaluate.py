@@ -71,7 +71,7 @@ def test_teacher_and_students_are_scored_on_the_same_noise():
 
 
 def test_students_of_few_steps_stand_beside_their_teacher_in_as_many():
-    folded = DDPM().fold(5)
+    folded = DDPM().fold(5, "last")
     found, settings = measured("fold", tiny(0), [tiny(1)], folded, fold_steps=5, sample_steps=5, kd=("out",))
     assert settings.usual_steps == 50
     assert [row["method"] for row in found["same_steps"]] == ["teacher, 5 steps", "teacher, 5 folded"]

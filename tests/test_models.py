@@ -471,7 +471,7 @@ def test_evenly_spaced_blocks():
 def test_saved_networks_come_back_bit_for_bit(small, batch, tmp_path):
     folder = tmp_path / "deep" / "net"
     for net in (small, lean(0.75), lean(0.75, norm_groups="scale")):
-        for process in ({}, {"name": "sd", "fold": 5}):
+        for process in ({}, {"name": "sd", "fold": [0, 40, 999]}):
             net.process = process
             net.save(folder)  # also over an older one
             again = load(folder)
@@ -488,8 +488,9 @@ def test_folders_of_older_versions_load(batch, tmp_path):
     student.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     widths = {name: size[1] for name, size in sizes(student).items() if name.endswith(("conv1", "conv_in", ".q"))}
-    for fold, process in ((None, {}), (5, {"fold": 5})):
-        old = {**config, "widths": widths, "fold_steps": fold}
+    fold = {"fold": [199, 399, 599, 799, 999]}  # the ends of five parts, which folds stood for then
+    for said, process in (({"fold_steps": None}, {}), ({"fold_steps": 5}, fold), ({"process": {"fold": 5}}, fold)):
+        old = {**config, "widths": widths, **said}
         (tmp_path / "config.json").write_text(json.dumps(old))
         again = load(tmp_path)
         assert again.process == process and again.config == student.config

@@ -193,8 +193,8 @@ def test_channels_are_drawn_or_measured():
 def test_a_student_starts_as_the_settings_say(net):
     net.eval().requires_grad_(False)
     run = a_run(Settings(dropout=0.3, fold_steps=5, kd=("out",)), data.load("digits"))
-    student = start_of(run, net, 0, {"fold": 5})
-    assert same(student, net) and student.process == {"fold": 5} and net.process == {}
+    student = start_of(run, net, 0, {"fold": [0, 500]})
+    assert same(student, net) and student.process == {"fold": [0, 500]} and net.process == {}
     assert {name for name, p in student.named_parameters() if not p.requires_grad} <= {"pos_embed"}
     assert not any(p.requires_grad for p in net.parameters())
     rates = {module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distil.process import DDPM, Guided, Process, RectifiedFlow, make_process, process_of, split
+from distil.process import DDPM, Guided, Process, RectifiedFlow, fold_of, make_process, process_of, split
 from distil.settings import PROCESSES
 from models import UNet
 
@@ -110,7 +110,7 @@ def test_training_times_follow_the_generator_and_are_distributed_as_published(pr
     assert torch.equal(t, process.sample_t(100_000, seeded())) and t.shape == (100_000,)
     assert not torch.equal(t, process.sample_t(100_000, seeded(1)))
     if isinstance(process, DDPM):  # uniform
-        assert ((t // 100).bincount(minlength=10) - 10_000).abs().max() < 500
+        assert ((t * 10 // process.steps).bincount(minlength=10) - 10_000).abs().max() < 500
     else:  # logit-normal, shifted once
         assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1000
         s, m = t.double() / 1000, process.shift
@@ -375,18 +375,32 @@ def test_the_first_step_is_the_likelihood_of_8_bit_pixels():
 
 
 @bounded
-@given(total=st.integers(1, 1000), data=st.data())
-def test_a_fold_sees_the_same_images_at_evenly_spaced_timesteps(total, data):
-    steps = data.draw(st.integers(1, total))
+@given(total=st.integers(2, 1000), end=st.sampled_from(["published", "last"]), data=st.data())
+def test_a_fold_sees_the_same_images_at_evenly_spaced_timesteps(total, end, data):
+    steps = data.draw(st.integers(2, total))
     teacher = DDPM(total)
-    student, t = teacher.fold(steps), torch.arange(steps)
+    student, t = teacher.fold(steps, end), torch.arange(steps)
     phi = student.phi(t)
-    assert phi[-1] == total - 1 and phi[0] >= 0
-    assert set(phi.diff().tolist()) <= {total // steps, -(-total // steps)}
+    c = total // steps
+    if end == "published":
+        assert torch.equal(phi, c * t)
+    else:
+        assert phi[-1] == total - 1 and phi[0] >= 0 and set(phi.diff().tolist()) <= {c, -(-total // steps)}
     x0, noise = torch.randn(2, steps, 1, 2, 2, generator=seeded())
     assert torch.equal(student.add_noise(x0, noise, t), teacher.add_noise(x0, noise, phi))
     assert student.steps == steps and student.sample_t(50).max() < steps
     torch.testing.assert_close((1 - student.betas).cumprod(0), student.alpha_bar, rtol=1e-3, atol=0)
+
+
+def test_a_fold_as_published_is_that_of_sfddms_code():
+    """alphas_cumprod_teacher[t * int(T / T')], of a teacher whose alpha_bar falls as a sigmoid, T = 1024."""
+    s = np.linspace(0, 1, 1025)
+    a = (-1 / (1 + np.exp(-(s * 6 - 3))) + 1 / (1 + np.exp(-3.0))) / (1 / (1 + np.exp(-3.0)) - 1 / (1 + np.exp(3.0)))
+    betas = np.clip(1 - (a / a[0])[1:] / (a / a[0])[:-1], 0, 0.999)
+    theirs = np.cumprod(1 - betas)[[t * 8 for t in range(128)]]
+    student = make_process("sfddm").fold(128)
+    np.testing.assert_allclose(student.alpha_bar.numpy(), theirs, rtol=1e-4)
+    assert student.phi(torch.tensor([0, 1, 127])).tolist() == [0, 8, 1016]
 
 
 def test_the_fold_of_all_steps_is_the_process_itself_and_folds_can_follow_each_other():
@@ -394,11 +408,21 @@ def test_the_fold_of_all_steps_is_the_process_itself_and_folds_can_follow_each_o
     same = process.fold(1000)
     assert torch.equal(same.phi(t), t) and torch.equal(process.phi(t), t)
     assert torch.equal(same.alpha_bar, process.alpha_bar) and torch.equal(same.betas, process.betas)
-    twice, once = process.fold(125).fold(25), process.fold(25)
-    assert torch.equal(twice.alpha_bar, once.alpha_bar)
+    for end in ("published", "last"):
+        once, twice = process.fold(25, end), process.fold(125, end).fold(25, end)
+        assert torch.equal(twice.alpha_bar, once.alpha_bar)
+        torch.testing.assert_close(twice.betas, once.betas)
     assert twice.phi(torch.arange(25)).tolist() == list(range(4, 125, 5))  # the timesteps of 125, not of 1000
-    torch.testing.assert_close(twice.betas, once.betas)
-    assert process.fold(128).phi(torch.tensor([0, 1, 127])).tolist() == [6, 14, 999]
+    assert process.fold(128, "last").phi(torch.tensor([0, 1, 127])).tolist() == [6, 14, 999]
+    named = process.fold([3, 40, 999])
+    assert named.steps == 3 and named.phi(torch.tensor([2, 0])).tolist() == [999, 3]
+
+    net = UNet(8, 1, channels=8, channel_mults=(1,), norm_groups=4)
+    net.process = fold_of(net, process.fold(5))
+    assert net.process == {"fold": [0, 200, 400, 600, 800]}
+    again = fold_of(net, process_of(net).fold([1, 4]))  # of its own timesteps, saved as those of all
+    assert again == {"fold": [200, 800]}
+    assert torch.equal(make_process(**again).alpha_bar, process.alpha_bar[[200, 800]])
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -406,8 +430,8 @@ def test_the_fold_of_all_steps_is_the_process_itself_and_folds_can_follow_each_o
 def test_a_teacher_on_the_fold_samples_as_ddim_on_those_timesteps(name, eta):
     process, noise = make_process(name), torch.randn(2, 3, 4, 4, generator=seeded())
     net = oracle(process, 0, 1, bend=0.2)
-    for steps in (1, 7, 25, 128):
-        student = process.fold(steps)
+    for steps, end in ((1, "last"), (7, "last"), (7, "published"), (25, "published"), (128, "last")):
+        student = process.fold(steps, end)
         visited = student.phi(torch.arange(steps)).tolist()[::-1]
 
         def sample(where, by, at):
@@ -415,7 +439,8 @@ def test_a_teacher_on_the_fold_samples_as_ddim_on_those_timesteps(name, eta):
 
         folded = sample(student, lambda x, t, cond, phi=student.phi: net(x, phi(t), cond), steps)
         assert torch.equal(folded, sample(process, net, visited))
-        assert (folded - sample(process, net, steps)).abs().max() > 1e-3  # which are not those that DDIM would take
+        if visited != process.timesteps(steps):
+            assert (folded - sample(process, net, steps)).abs().max() > 1e-3  # those that DDIM would take are others
 
 
 # ---- names, and refusals ---------------------------------------------------------------------------------------------
@@ -425,7 +450,7 @@ def test_processes_are_made_by_name_and_as_a_network_knows_them():
     assert make_process().prediction == "noise" and make_process("sd-v").prediction == "v"
     assert (make_process("flow").shift, make_process("sd3").shift) == (1.0, 3.0)
     folded = make_process("sd", fold=5, spacing="linspace", clip_x0=True)
-    assert (folded.steps, folded.folded_from, folded.spacing, folded.clip_x0) == (5, 1000, "linspace", True)
+    assert (folded.steps, folded.spacing, folded.clip_x0) == (5, "linspace", True)
     assert torch.equal(folded.alpha_bar, make_process("sd").fold(5).alpha_bar)
     assert isinstance(make_process("flow", fold=5, clip_x0=True), RectifiedFlow)  # which has neither
 
@@ -475,6 +500,9 @@ REFUSED = [
     (lambda: D.fold(0), "1 to 1000 steps, not 0"),
     (lambda: D.fold(1001), "1 to 1000 steps, not 1001"),
     (lambda: D.fold(25).fold(26), "1 to 25 steps, not 26"),
+    (lambda: D.fold(1), "t = 0 alone"),
+    (lambda: D.fold(5, "never"), "not 'never'"),
+    *[(lambda t=t: D.fold(t), "growing numbers from 0 to 999") for t in ([], [3, 3], [-1, 3], [0, 1000])],
     (lambda: D.fold(25).sample(None, SHAPE, 26), "1 to 25 steps"),
     (lambda: R.fold(25), "only DDPM can be folded"),
 ]

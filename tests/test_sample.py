@@ -240,11 +240,11 @@ def test_images_of_the_students_of_a_run(capsys):
 
 def test_a_student_of_few_steps_is_sampled_in_them():
     net = tiny()
-    net.process = {"fold": 3}
+    net.process = {"fold": [10, 200, 900]}
     net.save("net")
     sample.main(["net", "--num", "4", "--out", "images"])
     noise = sample.start_noise(4, SHAPE, 0)
-    expected = sample.visible(DDPM().fold(3).sample(net, noise.shape, 3, noise=noise))
+    expected = sample.visible(DDPM().fold([10, 200, 900]).sample(net, noise.shape, 3, noise=noise))
     assert (np.asarray(Image.open("images/net/00003.png")) == expected[3, 0]).all()
 
 
@@ -304,7 +304,7 @@ def test_bad_input_is_one_sentence(arguments, words, pipelines, capsys):
     UNet(16, in_channels=1, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("large")
     UNet(8, in_channels=4, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("latents")
     few = tiny()
-    few.process = {"fold": 3}
+    few.process = {"fold": [0, 300, 600]}
     few.save("few")
     Path("empty.txt").write_text("\n")
     with pytest.raises(SystemExit) as stopped:

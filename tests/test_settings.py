@@ -51,6 +51,8 @@ DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff"
         ("--dataset cifar10 --prune 0 --fold-steps 125 --kd out", FOLD),  # SFDDM
         ("", DIGITS | {"out": "runs/digits8-prune0.9-place", "fold_steps": None, "eta": 0}),
         ("--fold-steps 5 --kd out", {"init": "teacher", "lambda_diff": 0, "sample_steps": 5, "steps": 1500}),
+        ("--fold-steps 5 --kd out", {"fold_end": "published", "out": "runs/digits8-prune0.9-out-fold_steps5"}),
+        ("--fold-steps 0,40,999 --kd out", {"fold_end": None, "sample_steps": 3, "fold_steps": [0, 40, 999]}),
         ("--arch dit --process flow", {"eta": 0, "out": "runs/digits8-dit-prune0.9-place-process=flow"}),
         ("--arch dit --keep 0,3,7 --kd none out", {"eta": 1, "out": "runs/digits8-dit-keep0.3.7-none-out"}),
         ("--data x --seeds 0 1", {"out": "runs/folder64-prune0.9-place-2seeds-data=x-importance=random"}),

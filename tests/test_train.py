@@ -502,14 +502,14 @@ def test_what_lies_in_the_way_is_refused_by_name_and_left_alone(capsys):
 def test_a_fold_is_sampled_in_its_own_steps_and_teaches_folds(capsys):
     run(*FOLD, "--kd", "out", "place", "--eval-samples", "16", "--out", "runs/fold")
     rows = found("fold")
-    assert [row["method"] for row in rows["same_steps"]] == ["teacher, 5 steps", "teacher, 5 folded"]
+    assert [row["method"] for row in rows["same_steps"]] == ["teacher, 5 steps"]  # whose timesteps are the fold's
     text = capsys.readouterr().out
-    assert "| place, 5 steps " in text and "| teacher, 5 folded " in text
+    assert "| place, 5 steps " in text and "| teacher, 5 steps " in text
     assert "teacher DDIM, 50 steps; others DDIM, 5 steps" in rows["protocol"]
     assert Path("runs/fold/interpolations.png").stat().st_size > 0
     saved, noise = models.load("runs/fold/student/place-0"), start_noise(16, (1, 8, 8), 0)
     teacher = models.load(Path(teacher_settings(parse(TINY)).out) / "teacher")
-    assert saved.process == {"fold": 5}
+    assert saved.process == {"fold": [0, 200, 400, 600, 800]}
     usual = DDPM().sample(teacher, noise.shape, 50, noise=noise)
     theirs = [row for row in rows["students"] if row["method"] == "place"] + rows["same_steps"]
     for row, x in zip(
@@ -517,7 +517,6 @@ def test_a_fold_is_sampled_in_its_own_steps_and_teaches_folds(capsys):
         (
             DDPM().fold(5).sample(saved, noise.shape, 5, noise=noise),
             DDPM().sample(teacher, noise.shape, 5, noise=noise),
-            DDPM().sample(teacher, noise.shape, [999, 799, 599, 399, 199], noise=noise),
         ),
         strict=True,
     ):
@@ -525,12 +524,13 @@ def test_a_fold_is_sampled_in_its_own_steps_and_teaches_folds(capsys):
     assert rows["teacher"]["teacher_mse"] == 0
 
     arguments = ["--kd", "out", "--teacher", "runs/fold/student/place-0", "--steps", "1"]
-    run(*arguments, "--fold-steps", "1", "--sample-steps", "1", "--out", "runs/fold-of-fold")
+    run(*arguments, "--fold-steps", "1", "--fold-end", "last", "--sample-steps", "1", "--eval-samples", "6",
+        "--out", "runs/fold-of-fold")  # fmt: skip
+    assert [row["method"] for row in found("fold-of-fold")["same_steps"]] == ["teacher, 1 steps", "teacher, 1 folded"]
+    run(*arguments, "--fold-steps", "1,3", "--sample-steps", "2", "--out", "runs/listed")
     run(*arguments, "--sample-steps", "5", "--out", "runs/pruned-fold")
-    assert [models.load(f"runs/{name}/student").process for name in ("fold-of-fold", "pruned-fold")] == [
-        {"fold": 1},
-        {"fold": 5},
-    ]
+    folds = {"fold-of-fold": [800], "listed": [200, 600], "pruned-fold": [0, 200, 400, 600, 800]}
+    assert {name: models.load(f"runs/{name}/student").process["fold"] for name in folds} == folds
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------
@@ -556,7 +556,13 @@ REFUSED = [
     ("--steps 0", "--steps 0", "at least 1"),
     ("--steps many", "--steps", "many"),
     ("--eval-samples 3", "--eval-samples 3", "at least 6"),
-    ("--fold-steps 1001", "--fold-steps 1001", "at least 1 and at most 1000"),
+    ("--fold-steps 1025", "--fold-steps 1025", "at most 1024"),
+    ("--fold-steps 1001", "--fold-steps", "1 to 1000 steps, not 1001"),
+    ("--fold-steps 0 --kd out", "--fold-steps", "1 to 1000 steps, not 0"),
+    ("--fold-steps 5,3", "--fold-steps", "growing"),
+    ("--fold-steps 1", "--fold-steps", "let it end last"),
+    ("--fold-end last", "--fold-end", "--fold-steps and a number"),
+    ("--fold-steps 3,5 --fold-end last", "--fold-end", "--fold-steps and a number"),
     ("--fold-steps 10 --sample-steps 11", "--sample-steps 11", "at most 10"),
     ("--fold-steps 10 --kd feat", "--kd feat", "none, out, lift, place"),
     ("--fold-steps 10 --kd none", "--kd none", "--lambda-diff 1"),
@@ -590,10 +596,11 @@ REFUSED = [
     ("--arch dit --teacher {dit}", "knows the classes 0 to 2, but the data has a class 9"),
     ("--arch dit --process flow --teacher {dit}", "predicts a variance, of which the process flow has none"),
     ("--teacher {sd}", "was trained for the process sd: use --process sd"),
-    ("--teacher {fold} --fold-steps 2 --kd out", "take a divisor of 5"),
+    ("--teacher {fold} --fold-steps 6 --kd out", "folds to 1 to 5 steps, not 6"),
     ("--teacher {fold} --sample-steps 6", "--sample-steps 6", "the teacher has 5 timesteps"),
     ("--student {fold}", "has 5 timesteps, this run 1000", "use --fold-steps 5"),
     ("--student {fold} --fold-steps 2 --kd out", "has 5 timesteps, this run 2"),
+    ("--student {fold} --fold-steps 5 --fold-end last --kd out", "--student", "other noise at a timestep"),
 ]
 
 
@@ -603,7 +610,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("networks")
     nets = {"rgb": models.UNet(16, 3, **SMALL), "dit": models.DiT(8, 2, 1, 8, 1, 2, num_classes=3)}
     nets |= {"sd": models.UNet(8, 1, **SMALL), "fold": models.UNet(8, 1, **SMALL)}
-    nets["sd"].process, nets["fold"].process = {"name": "sd"}, {"fold": 5}
+    nets["sd"].process, nets["fold"].process = {"name": "sd"}, {"fold": [0, 200, 400, 600, 800]}
     for name, net in nets.items():
         net.save(folder / name)
     return {name: folder / name for name in nets}
