@@ -14,6 +14,7 @@ import zipfile
 from importlib.metadata import PathDistribution
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from distil import evaluate, settings
@@ -78,6 +79,20 @@ def test_what_make_is_asked_for_is_in_the_makefile():
     asked = set(re.findall(r"(?:^|`)make (\w+)", EVERYTHING, re.MULTILINE))
     assert {"demo", "test"} <= asked <= set(targets)
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_an_address_is_put_into_badges_and_notebooks_by_one_command(tmp_path):
+    for name in ("Makefile", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    for address in ("https://github.com/someone/first", "https://github.com/other/second"):  # again replaces it
+        subprocess.run(["make", "address", f"REPOSITORY={address}"], cwd=tmp_path, check=True, capture_output=True)
+        badges = (tmp_path / "README.md").read_text("utf-8").splitlines()[1]
+        assert badges.count(f"{address}/actions") == 2
+        assert f"/github/{address.removeprefix('https://github.com/')}/blob/main/" in badges
+        for path in (tmp_path / "notebooks").glob("*.ipynb"):
+            assert f'REPOSITORY = "{address}"' in nbformat.read(path, as_version=4).cells[1].source
+    assert not list(tmp_path.rglob("*.bak"))
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
