@@ -48,6 +48,10 @@ class Network(nn.Module):
     blocks: Sequence[nn.Module]  # equal parts, of which some may be left out; () without
     source: str | None = None  # its class, if it is a network of diffusers
 
+    def __init__(self):
+        super().__init__()
+        self.head: nn.Module | None = None  # what its output passes through last: `head(x_t, t, output)`
+
     def no_condition(self) -> dict[str, Tensor] | None:
         """The `cond` of one sample that stands for none, as guidance needs it; None if there is none."""
         return None
@@ -114,6 +118,13 @@ class Network(nn.Module):
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
+    def set_head(self, head: str | None) -> None:
+        """Gives it a new head, "statistics" (`StatisticsHead`), which starts as the identity, or takes it away."""
+        if "head" not in self.config or head not in (None, "statistics"):
+            raise ValueError(f'a head is "statistics" or None, of a UNet or a DiT: {head!r} on a {type(self).__name__}')
+        self.config["head"] = head
+        self.head = None if head is None else StatisticsHead(self.shape[0]).to(next(self.parameters()).device)
+
     @classmethod
     def empty(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "Network":
         """A network of this config that the weights `state` fit, for the meta device."""
@@ -138,6 +149,47 @@ class Network(nn.Module):
         (folder / "config.json.part").write_text(json.dumps(config, indent=1) + "\n")
         for name in FILES:
             os.replace(folder / f"{name}.part", folder / name)
+
+
+# ---- What instance norms erase ---------------------------------------------------------------------------------------
+
+
+def statistics(x_t: Tensor, e: Tensor) -> Tensor:
+    """[1, mean x_t, std x_t, mean e, std e] of each image and channel: (B, C, *spatial) twice -> (B, C, 5) float32."""
+    both = torch.stack([x_t.flatten(2).float(), e.flatten(2).float()])  # (2, B, C, N)
+    variance, mean = torch.var_mean(both, dim=3, correction=0)  # (2, B, C) each
+    std = (variance + 1e-8).sqrt()  # of a flat image the root alone has no gradient
+    return torch.stack([torch.ones_like(mean[0]), mean[0], std[0], mean[1], std[1]], dim=2)
+
+
+def correct(x_t: Tensor, output: Tensor, weights: Tensor) -> Tensor:
+    """An output whose prediction e became b0 + b1 e, with (b0, b1 - 1) = statistics(x_t, e) @ weights.
+
+    x_t      (B, C, *spatial), what the network saw
+    output   (B, C or 2 C, *spatial): e, and a variance, which stays as it is
+    weights  (B, C, 5, 2); zeros give the output back, bit for bit
+    """
+    e = output[:, : x_t.shape[1]]  # (B, C, *spatial)
+    line = (statistics(x_t, e)[..., None] * weights).sum(2)  # (B, C, 2)
+    b0, slope = line.unflatten(1, (-1, *[1] * (e.ndim - 2))).unbind(-1)  # (B, C, 1, 1) each
+    return torch.cat([(e + b0 + slope * e).to(output.dtype), output[:, e.shape[1] :]], dim=1)
+
+
+class StatisticsHead(nn.Module):
+    """`correct` with weights that a small MLP makes of the time: x_t, t (B,), output -> the output, corrected.
+
+    It starts as the identity and learns with its network. 10 C numbers a timestep; of C = 1 channel 1,386 parameters.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 10 * channels))
+        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        weights = self.mlp(timestep_embedding(t, 32).to(self.mlp[0].weight.dtype))  # (B, 10 C)
+        return correct(x_t, output, weights.unflatten(1, (-1, 5, 2)))
 
 
 # ---- U-Net -----------------------------------------------------------------------------------------------------------
@@ -227,6 +279,7 @@ class UNet(Network):
     num_res_blocks   blocks of a level on the way down; on the way up there is one more
     attention_resolutions  sizes of the feature map at which attention follows every block (the middle always has one)
     norm_groups      groups of every GroupNorm, or {norm layer name: groups}
+    head             "statistics" gives back what norms of few channels a group erase, see `StatisticsHead`
 
     These are the widths before any pruning; those of a pruned network are the shapes of its weights (`build`).
     Published settings: CelebA 64 `UNet(64, dropout=0.1)`, CIFAR-10 `UNet(32, channel_mults=(1, 2, 2, 2), dropout=0.1)`,
@@ -239,7 +292,7 @@ class UNet(Network):
         self, image_size: int, in_channels: int = 3, out_channels: int | None = None, channels: int = 128,
         channel_mults: tuple[int, ...] = (1, 2, 2, 2, 4), num_res_blocks: int = 2,
         attention_resolutions: tuple[int, ...] = (16,), dropout: float = 0.0,
-        norm_groups: int | dict[str, int] = 32,
+        norm_groups: int | dict[str, int] = 32, head: str | None = None,
     ):  # fmt: skip
         channel_mults, attention_resolutions = list(channel_mults), list(attention_resolutions)
         out_channels = in_channels if out_channels is None else out_channels
@@ -295,6 +348,7 @@ class UNet(Network):
         self.norm_out = nn.GroupNorm(1, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self.set_norm_groups(norm_groups)
+        self.set_head(head)
 
     def norms(self) -> dict[str, nn.GroupNorm]:
         """All norm layers by name."""
@@ -363,13 +417,15 @@ class UNet(Network):
                 h = level.attn[j](h) if level.attn else h
             if i > 0:
                 h = level.upsample(h)  # H, W double
-        return self.conv_out(F.silu(self.norm_out(h)))
+        output = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
+        return output if self.head is None else self.head(x_t, t, output)
 
     def reset_parameters(self) -> None:  # in running order, in which a new network draws its weights
         for name in ("temb", "conv_in", *self.feature_layers(), "norm_out", "conv_out"):
             for module in self.get_submodule(name).modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
+        self.set_head(self.config["head"])
 
     def feature_layers(self, other: Network | None = None) -> list[str]:
         """Every block, every attention and the convolution of every down- and upsampling, in running order.
@@ -447,6 +503,7 @@ class DiT(Network):
     num_classes      labels are 0 .. num_classes - 1; num_classes itself means "no class"
     class_dropout_prob  share of the labels that training replaces by "no class", for guidance; 0: there is no such one
     learn_sigma      out_channels = 2 in_channels: the prediction, then what the variance is interpolated with
+    head             "statistics" or None, as of a `UNet`
 
     The default is DiT-XL/2 for 256x256 images. ValueError for sizes that do not fit together.
     """
@@ -456,7 +513,7 @@ class DiT(Network):
     def __init__(
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
         depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000,
-        class_dropout_prob: float = 0.1, learn_sigma: bool = True,
+        class_dropout_prob: float = 0.1, learn_sigma: bool = True, head: str | None = None,
     ):  # fmt: skip
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -486,6 +543,7 @@ class DiT(Network):
         self.final_layer.linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
         self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         self._initialize()
+        self.set_head(head)
 
     def _initialize(self) -> None:
         for layer in self.modules():
@@ -503,6 +561,7 @@ class DiT(Network):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self._initialize()
+        self.set_head(self.config["head"])
 
     def requires_grad_(self, requires_grad: bool = True) -> "DiT":
         """For all parameters but the fixed table of positions."""
@@ -524,7 +583,8 @@ class DiT(Network):
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D)
         h = self.final_layer.linear(modulate(self.final_layer.norm_final(h), shift, scale))  # (B, N, p * p * C_out)
         rows, p = self.shape[1] // self.config["patch_size"], self.config["patch_size"]
-        return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, C_out, H, W)
+        output = rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)  # (B, C_out, H, W)
+        return output if self.head is None else self.head(x_t, t, output)
 
     def no_condition(self) -> dict[str, Tensor] | None:
         return {"y": torch.tensor(self.num_classes)} if self.condition_dropout > 0 else None
@@ -698,6 +758,7 @@ def prune_channels(
     cut = build(UNet, net.config, net.state_dict())
     for new, old in zip(cut.parameters(), net.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
+    head, cut.head = cut.head, None  # it has no channels to lose
     # Which channels belong together does not depend on the image size, so trace the smallest: 2x2 pixels on the lowest
     # level (one would be too few for an instance norm). Tracing 256x256 would take 20 GiB.
     size = 2 ** len(cut.down)
@@ -715,6 +776,7 @@ def prune_channels(
             lowest = scores.argsort(dim=1, stable=True)[:, :remove] + torch.arange(g)[:, None] * (channels // g)
             graph.get_pruning_group(root, prune, sorted(lowest.flatten().tolist())).prune()
 
+    cut.head = head
     wanted = {}
     for name, norm in net.norms().items():
         width = cut.get_submodule(name).num_channels

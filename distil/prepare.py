@@ -453,6 +453,9 @@ def start_of(run: Run, net: Network, seed: int, process: dict[str, Any]) -> Netw
     if settings.init == "random":
         torch.manual_seed(hash_seed(seed))
         net.reset_parameters()
+    if settings.head is not None and net.head is None:  # a student to start from may bring its own
+        torch.manual_seed(hash_seed(seed))
+        net.set_head(settings.head)
     if settings.recompute:
         net.recompute()
     net.set_dropout(settings.dropout)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from distil import data, machine, teachers
+from distil import calibrate, data, machine, teachers
 from distil.process import Guided, Process, process_of
 from distil.settings import PROCESSES, Parser, check_fields, flag, option
 from distil.text_to_image import TextEncoder, Vae
@@ -191,6 +191,7 @@ class Flags:
     vae: str | None = option(None, "of networks on latents: folder or hub id; as the run's")
     prompts: str | None = option(None, "file with a prompt a line, for networks that read text")
     teacher: str | None = option(None, "pipeline with their text encoders and VAE, and their neighbour; as the run's")
+    no_calibration: bool = option(False, "leave out what distil.calibrate has put beside their weights", bool)
     no_t5: bool = option(False, "without the largest text encoder of Stable Diffusion 3", bool)
     batch: int | None = option(None, "images at a time; what fits on a GPU, 256 on a CPU", int, low=1)
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to sample", bool)
@@ -226,22 +227,30 @@ def sampler_of(runs: Sequence[Path], flags: Flags) -> Flags:
     return replace(flags, **found)
 
 
-def open_networks(runs: Sequence[Path]) -> dict[str, Network]:
-    """The students of these runs, and the networks in these folders, by name. ValueError if they do not belong in one
-    table or picture."""
-    nets: dict[str, Network] = {}
+def find_networks(runs: Sequence[Path]) -> dict[str, Path]:
+    """The folders of the students of these runs, and of the networks in these folders, by name."""
+    found: dict[str, Path] = {}
     several = [run.name == "student" and not (run / "config.json").exists() for run in runs]
     for run in [run.parent if of_run else run for run, of_run in zip(runs, several, strict=True)]:
         students, name = sorted(file.parent for file in run.glob("student/**/config.json")), run.resolve().name
         for folder in students or [run]:
             called = f"{name}-{folder.name}" if len(students) > 1 else name
-            net = teachers.load(folder)
-            first = next(iter(nets.values()), net)
-            same = net.shape == first.shape and process_of(net).steps == process_of(first).steps
-            if called in nets or not same:
-                about = "the name of one before, or another image shape or number of timesteps"
-                raise ValueError(f"{folder} has {about}: give it a call of its own")
-            nets[called] = net
+            if called in found:
+                raise ValueError(f"{folder} has the name of one before it: give it a call of its own")
+            found[called] = folder
+    return found
+
+
+def open_networks(runs: Sequence[Path], calibrated: bool = True) -> dict[str, Network]:
+    """The networks of `find_networks`, by name, those with a calibration marked so. ValueError if they do not belong in
+    one table or picture."""
+    nets: dict[str, Network] = {}
+    for name, folder in find_networks(runs).items():
+        net = calibrate.load(folder, calibrated)
+        first = next(iter(nets.values()), net)
+        if net.shape != first.shape or process_of(net).steps != process_of(first).steps:
+            raise ValueError(f"{folder} has another image shape or number of timesteps: give it a call of its own")
+        nets[f"{name}-calibrated" if calibrated and (folder / calibrate.FILE).is_file() else name] = net
     return nets
 
 
@@ -271,7 +280,8 @@ def open_vae(where: str | None, shape: Sequence[int], device: torch.device) -> t
 
 def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     """Loads the networks of these folders and what sampling them takes; ValueError, OSError, ImportError if not."""
-    device, flags, nets = machine.find_device(flags.device), sampler_of(runs, flags), open_networks(runs)
+    device, flags = machine.find_device(flags.device), sampler_of(runs, flags)
+    nets = open_networks(runs, not flags.no_calibration)
     first, given, text = next(iter(nets.values())), [], None
     if any("text" in net.conditions for net in nets.values()):
         given, text = open_text(flags, device)

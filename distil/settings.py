@@ -200,6 +200,7 @@ class Settings:
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
     taylor_threshold: float = option(0.0, "taylor stops where the loss is below this share of its peak", float, low=0)
     norm_groups: str = option("keep", "their number stays, or scales with the width", choices=("keep", "scale"))
+    head: str | None = option(None, "unet, dit: of the students, gives back what norms erase", choices=("statistics",))
     kd: tuple[str, ...] = option(("place",), "methods, one or more", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option(
         (0,), "a student per method and seed: of its channels or blocks, dropout", int, low=0
@@ -303,6 +304,8 @@ class Settings:
         arch = ARCHS[self.arch]
         if self.recompute and not arch.text:
             raise ValueError("--recompute is for --arch sd and mmdit; elsewhere --accumulate saves memory")
+        if self.head is not None and arch.text:
+            raise ValueError(f"--head is for --arch unet and dit: {self.arch} takes none")
         if self.keep is not None and arch.pruning != "blocks":
             raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
         drawn = ("--depth-method", self.depth_method)
@@ -410,6 +413,12 @@ def check_fields(given: Any) -> None:
 def plain(settings: Settings) -> dict[str, Any]:
     """The settings as JSON would give them back."""
     return json.loads(json.dumps(asdict(settings)))
+
+
+def restored(config: dict[str, Any]) -> Settings:
+    """The settings of which `plain` gave this, perhaps in an older version; ValueError for what cannot be used."""
+    known = {name: value for name, value in config.items() if name in Settings.__dataclass_fields__}
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
 # ---- Command lines ---------------------------------------------------------------------------------------------------

@@ -18,11 +18,13 @@ from models import (
     DiT,
     Network,
     UNet,
+    correct,
     load,
     load_checkpoint,
     prune_channels,
     prune_depth,
     regroup,
+    statistics,
     timestep_embedding,
     uniform_blocks,
 )
@@ -233,6 +235,92 @@ def test_what_the_networks_say_of_themselves(small, small_dit):
     assert (small.attention_macs(), small_dit.attention_macs()) == (0, 6 * 2 * 4**2 * 16)
     names = small_dit.feature_layers()
     assert names == [f"blocks.{i}" for i in range(6)] and small_dit.feature_channels(names) == [16] * 6
+
+
+# ---- A head of statistics --------------------------------------------------------------------------------------------
+
+
+def with_head(net):
+    """Its copy with a head that does something."""
+    net = copy.deepcopy(net)
+    net.set_head("statistics")
+    torch.manual_seed(5)
+    nn.init.normal_(net.head.mlp[2].weight, std=0.1)
+    return net
+
+
+def test_statistics_and_what_is_corrected_by_them():
+    x, output = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.rand(2, 6, 4, 5)
+    found, e = statistics(x, output[:, :3]), output[:, :3]
+    expected = [
+        torch.ones(2, 3),
+        x.mean((2, 3)),
+        x.std((2, 3), correction=0),
+        e.mean((2, 3)),
+        e.std((2, 3), correction=0),
+    ]
+    torch.testing.assert_close(found, torch.stack(expected, dim=2))
+    assert torch.equal(correct(x, output, torch.zeros(2, 3, 5, 2)), output)
+    weights = torch.zeros(2, 3, 5, 2)
+    weights[0, 1, 2] = torch.tensor([0.5, -0.25])  # of the deviation of x_t, in b0 and in b1 - 1
+    changed, std = correct(x, output, weights), x[0, 1].std(correction=0)
+    torch.testing.assert_close(changed[0, 1], output[0, 1] * (1 - 0.25 * std) + 0.5 * std)
+    changed[0, 1] = output[0, 1]
+    assert torch.equal(changed, output)  # the other image, the other channels, the variance
+
+
+def test_a_head_starts_as_the_identity_and_is_kept_by_all_that_handles_networks(small, small_dit, batch, tmp_path):
+    x_t, t = batch
+    small_dit.final_layer.linear.weight.data.normal_()
+    told = torch.randn(2, 2, 4, 4), t[:2], {"y": torch.tensor([0, 2])}
+    for bare, inputs in ((small, (x_t, t)), (small_dit, told)):
+        net = copy.deepcopy(bare).eval()
+        plain, names = net(*inputs), set(net.state_dict())
+        net.set_head("statistics")
+        assert torch.equal(net(*inputs), plain) and net.config["head"] == "statistics"
+        own = set(net.state_dict()) - names
+        assert own == {f"head.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+        nn.init.normal_(net.head.mlp[2].weight, std=0.1)
+        output = net(*inputs)
+        assert not torch.equal(output, plain)
+        net.save(tmp_path)
+        assert torch.equal(load(tmp_path)(*inputs), output)
+        assert torch.equal(net.like(net.config, net.state_dict())(*inputs), output)
+        net.reset_parameters()  # random ones start as the identity, too
+        assert not net.head.mlp[2].weight.any() and not net.head.mlp[2].bias.any()
+        net.set_head(None)
+        assert net.head is None and net.config["head"] is None and set(net.state_dict()) == names
+    pruned = [prune_channels(net, 0.5, seed=0) for net in (small, with_head(small))]
+    assert pruned[1].head is not None
+    torch.testing.assert_close(pruned[1].state_dict()["head.mlp.2.weight"], with_head(small).head.mlp[2].weight)
+    pruned[1].set_head(None)
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in pruned), strict=True))
+    assert regroup(with_head(small), 2).head is not None
+    shallow = prune_depth(with_head(small_dit), 2)
+    assert torch.equal(shallow.head.mlp[2].weight, with_head(small_dit).head.mlp[2].weight)
+
+
+def test_a_head_learns_where_an_output_is_flat():
+    net = DiT(**SMALL_DIT, head="statistics")  # its output is 0 at first: the root of its variance has no gradient
+    net(torch.randn(2, 2, 4, 4), torch.tensor([3, 7]), {"y": torch.tensor([0, 1])}).sub(1).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    assert net.head.mlp[2].bias.grad.abs().max() > 0
+
+
+def test_the_celeba_student_with_a_head_is_built_counted_and_stepped():
+    net = prune_channels(on_meta({"image_size": 64}), 0.9, "random")
+    net.set_head("statistics")
+    assert count(net.head) == 32 * 32 + 32 + 32 * 30 + 30 == 2_046 and count(net) == 1_312_076 + 2_046
+    assert metrics.macs(net, (3, 64, 64)) > 0
+    net = net.to_empty(device="cpu")
+    net.reset_parameters()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    for _ in range(2):
+        loss = (net(torch.randn(1, 3, 64, 64), torch.tensor([500])) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite() and net.head.mlp[0].weight.grad.abs().max() > 0 < net.head.mlp[2].weight.abs().max()
 
 
 def test_dropout_is_set_everywhere_and_recorded(small, small_dit, batch):
@@ -607,6 +695,7 @@ REFUSED = [
     *[(partial(prune_depth, A_DIT(), keep), "block") for keep in ([], [2, 1], [0, 0], [-1], [6], 0, 7)],
     (partial(ON_META.fit, (3, 8, 8)), r"takes samples of shape \(1, 8, 8\), not \(3, 8, 8\)"),
     (ON_META.recompute, "a UNet cannot recompute"),
+    (partial(A_UNET, head="neck"), "a head is \"statistics\" or None, of a UNet or a DiT: 'neck' on a UNet"),
 ]
 
 

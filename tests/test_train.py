@@ -582,6 +582,8 @@ REFUSED = [
     ("--dataset imagenet", "latents need --data"),
     ("--dataset lsun_church", "church_outdoor_train_lmdb", "--data"),
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
+    ("--head neck", "--head neck", "choose from statistics"),
+    ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit", "sd"),
     ("--group-size 7", "7", "64", "2, 4, 8, 16, 32, 64"),
     ("--image-size 12", "8 or 16", "12"),
     ("--device cuda:99", "--device cuda:99", "cpu"),

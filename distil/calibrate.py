@@ -1,0 +1,309 @@
+"""A student repaired without training: two numbers for each step, image and channel, predicted in closed form.
+
+    python -m distil.calibrate RUN                  every student of a run, or the one in the folder of a saved network
+    python -m distil.calibrate RUN --images DIR     fitted on images of yours instead of those that the run held out
+    python -m distil.calibrate FOLDER --teacher TEACHER --images DIR        of a student that belongs to no run
+
+Much of what a collapsed student says wrong is a line: where it says e, its teacher says b0 + b1 e. In the paper's
+Figure 2 the teacher gives b0 and b1 at every step. They can be predicted: they are nearly linear in mean and deviation
+of x_t and of e, which the student's instance norms erased. One least-squares fit finds ten numbers for each timestep
+and channel. From then on they lie beside the student's weights, and distil.sample and distil.evaluate use them, unless
+they are told --no-calibration. The teacher is needed for the fit alone.
+
+Symbols: B batch, C channels, S timesteps of the sampler; x_t, e_S and e_T as in `lift_place`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from distil import data, machine, prepare, teachers
+from distil.process import Process, process_of, split
+from distil.settings import Parser, Settings, restored
+from models import Network, correct, statistics
+
+FILE = "calibration.safetensors"  # beside the weights of a student
+
+# ---- What a calibration is -------------------------------------------------------------------------------------------
+
+
+class Calibration(nn.Module):
+    """`models.correct` with weights for the timesteps of a sampler, and between two of them those on the line between.
+
+    times    (S,) float32, growing
+    weights  (S, C, 5, 2) float32
+    about    how they came about, as JSON takes it; "student" is the fingerprint of the network that they are for
+    """
+
+    def __init__(self, times: Tensor, weights: Tensor, about: dict[str, Any]):
+        super().__init__()
+        self.register_buffer("times", times)
+        self.register_buffer("weights", weights)
+        self.about = about
+
+    def forward(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x_t (B, C, *spatial), t (B,), output (B, C or 2 C, *spatial) -> the output, its prediction corrected."""
+        after = torch.searchsorted(self.times, t.float()).clamp(max=len(self.times) - 1)  # (B,), the first not below t
+        before = (after - 1).clamp(min=0)
+        gap = (self.times[after] - self.times[before]).clamp(min=1e-6)
+        share = ((t - self.times[before]) / gap).clamp(0, 1)[:, None, None, None]  # (B, 1, 1, 1)
+        return correct(x_t, output, torch.lerp(self.weights[before], self.weights[after], share))
+
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        """From now on a network of others, called as pipelines of diffusers do it, returns what is corrected; until
+        `handle.remove()`. It takes x_t and t first, and returns the output in a tuple or in an object of one field."""
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            x_t, t = (*args, *kwargs.values())[:2]
+            corrected = self(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), output[0])
+            return (corrected, *output[1:]) if isinstance(output, tuple) else type(output)(corrected)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes calibration.safetensors into the folder of a saved student."""
+        tensors = {"times": self.times, "weights": self.weights}
+        with machine.whole(Path(folder) / FILE) as part:
+            part.write_bytes(to_bytes(tensors, metadata={"about": json.dumps(self.about)}))
+
+
+class Calibrated(Network):
+    """A network whose predictions a calibration corrects; like any other in all that `models.Network` declares.
+
+    Guidance and variance: each prediction is corrected, with and without the condition, before guidance extrapolates
+    from one to the other; what a network says of its variance stays.
+    """
+
+    def __init__(self, net: Network, calibration: Calibration):
+        super().__init__()
+        self.net, self.head = net, calibration
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        return self.head(x_t, t, self.net(x_t, t, cond))
+
+
+for _name in (*Network.__annotations__, "fit", "no_condition", "attention_macs", "settle"):  # as the network has them
+    setattr(Calibrated, _name, property(attrgetter(f"net.{_name}")))
+
+
+def load(folder: str | os.PathLike, calibrated: bool = True) -> Network:
+    """The network of `teachers.load`, with the calibration that lies beside it, if there is one and `calibrated`.
+
+    ValueError: its file is damaged, or was made for other weights.
+    """
+    net, path = teachers.load(folder), Path(folder) / FILE
+    if not calibrated or not path.is_file():
+        return net
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            calibration = Calibration(file.get_tensor("times"), file.get_tensor("weights"), about)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: fit it again, or leave it out with --no-calibration") from error
+    if about["student"] != machine.fingerprint(net.state_dict().values()):
+        raise ValueError(f"{path} was made for other weights: fit it again, or leave it out with --no-calibration")
+    return Calibrated(net, calibration).eval()
+
+
+# ---- The fit ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fit_calibrations(
+    students: Sequence[Network], teacher: Network, process: Process, images: Tensor, timesteps: Iterable[float],
+    cond: dict[str, Tensor] | None = None, *, draws: int = 1, ridge: float = 1e-5, seed: int = 0, batch: int = 256,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[Calibration]:  # fmt: skip
+    """The calibrations with which students are nearest to their teacher, on images noised to each timestep.
+
+    Of each timestep and channel it is the least of sum (e_T - e_S - b0 - (b1 - 1) e_S)^2 over all elements, where
+    (b0, b1 - 1) = statistics(x_t, e_S) @ weights: ten linear unknowns, solved in float64. A student that says what its
+    teacher says is left as it is, exactly. All students of one call share its passes through the teacher.
+
+    Args:
+        students, teacher: in the mode in which they are to be used, on the device of `images`.
+        process: of the students, which tells at which of its own times the teacher is asked.
+        images: (N, C, H, W) in [-1, 1], or latents; best ones that the students have not seen.
+        timesteps: those that the sampler visits, `process.timesteps(steps)`.
+        cond: what the networks are told of the images, (N, ...) each. Of every second image they are told their
+            `no_condition()` instead, if they have one, so that guidance finds both its predictions corrected.
+        draws: how many noises each image gets.
+        ridge: draws the weights to 0, the identity; in units of a statistic's mean square.
+        batch: images at a time. progress: wraps the loop over timesteps, for instance `tqdm`.
+    """
+    times, channels, cond, solutions = sorted(timesteps), images.shape[1], dict(cond or {}), []
+    for key, nothing in (teacher.no_condition() or {}).items():
+        cond[key] = cond[key].clone()
+        cond[key][1::2] = nothing.to(cond[key])
+    for i, t in enumerate(progress(times)):
+        generator = torch.Generator().manual_seed(machine.hash_seed(seed, i))
+        grams = torch.zeros(len(students), channels, 10, 10).double()
+        moments = torch.zeros(len(students), channels, 10, 1).double()
+        for _ in range(draws):
+            noise = torch.randn(images.shape, generator=generator)  # (N, C, H, W)
+            for rows in torch.arange(len(images)).split(batch):
+                x0, told = images[rows], {key: value[rows] for key, value in cond.items()}
+                now = torch.full(x0.shape[:1], t, device=x0.device)  # (B,)
+                x_t = process.add_noise(x0, noise[rows].to(x0), now)
+                e_t = split(teacher(x_t, process.phi(now), told), channels)[0]
+                for k, student in enumerate(students):
+                    gram, moment = equations(x_t, split(student(x_t, now, told), channels)[0], e_t)
+                    grams[k] += gram
+                    moments[k] += moment
+        grams += ridge * draws * len(images) * torch.eye(10).double()
+        solutions.append(torch.linalg.solve(grams, moments).unflatten(2, (5, 2)).squeeze(4).float())
+    about = {"teacher": machine.fingerprint(teacher.state_dict().values())}
+    about |= {"images": len(images), "draws": draws, "ridge": ridge, "seed": seed}
+    found = []
+    for student, weights in zip(students, torch.stack(solutions, dim=1), strict=True):  # (S, C, 5, 2)
+        its = about | {"student": machine.fingerprint(student.state_dict().values())}
+        found.append(Calibration(torch.tensor(times).float(), weights, its).to(images.device))
+    return found
+
+
+def fit_calibration(student: Network, *arguments: Any, **options: Any) -> Calibration:
+    """That of one student; arguments as of `fit_calibrations`."""
+    return fit_calibrations([student], *arguments, **options)[0]
+
+
+def equations(x_t: Tensor, e_s: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
+    """The normal equations of a batch, gram (C, 10, 10) and moment (C, 10, 1), float64 on the CPU: sums over images of
+    means over elements. What each statistic weighs in b0 and in b1 is wanted; e_T - e_S is to come out."""
+    f = statistics(x_t, e_s).cpu().double()  # (B, C, 5)
+    e, wanted = (output.cpu().double().flatten(2) for output in (e_s, e_t))  # (B, C, N)
+    one_e = torch.stack([torch.ones_like(e), e], dim=2)  # (B, C, 2, N)
+    products = one_e @ one_e.mT / e.shape[2]  # (B, C, 2, 2)
+    against = (one_e @ (wanted - e)[..., None]).squeeze(3) / e.shape[2]  # (B, C, 2)
+    gram = torch.einsum("bcf,bcop,bcg->cfogp", f, products, f)
+    return gram.reshape(-1, 10, 10), torch.einsum("bcf,bco->cfo", f, against).reshape(-1, 10, 1)
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """What students are held against."""
+
+    teacher: Network
+    x0: Tensor  # (N, C, H, W), the images to fit on
+    cond: dict[str, Tensor]  # what networks are told of these, (N, ...) each
+    real: data.Images  # the images to compare samples with
+    digits: bool  # whether these are digits
+
+
+def open_case(folder: Path, student: Network, teacher: str | None, images: str | None, n: int = 300) -> Case:
+    """The teacher and images of the run that `folder` is or lies in, or those that are given; n of them to fit on: held
+    out ones where there are such, else some of the others.
+
+    images: a name of `data.DATASETS`, or a folder. ValueError, OSError: what is missing, or does not fit the student.
+    """
+    settings = run_settings(folder)
+    if settings is None and None in (teacher, images):
+        raise ValueError(f"{folder} belongs to no run: give --teacher, a network, and --images, a folder or digits")
+    if images is None:
+        dataset, (real, held_out) = settings.dataset, prepare.open_data(settings)
+    else:
+        dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
+        channels, size, _ = student.shape
+        read = partial(data.load, dataset, where, size, channels=channels)
+        real, held_out = read(), read("test") if where is None else None
+    net = teachers.load(teacher) if teacher else prepare.open_teacher(settings, real)[0]
+    if net is None:
+        raise ValueError(f"the teacher of {folder} is not kept here: name it with --teacher")
+    for one in (student, net):
+        one.fit(real.shape, real.no_condition)
+    source = held_out or real
+    rows = np.linspace(0, len(source.images) - 1, min(n, len(source.images))).round().astype(int)
+    pixels, known = torch.from_numpy(source.images[rows]), source.conditions(rows)
+    x0 = data.to_float(pixels) if pixels.dtype == torch.uint8 else pixels[:, 0]  # of latents, those not mirrored
+    return Case(net.eval(), x0, {key: known[key] for key in net.conditions}, real, dataset == "digits")
+
+
+def run_settings(folder: Path) -> Settings | None:
+    """The settings of the run that `folder` is, or in whose student/ it lies; None for another folder."""
+    for place in (folder, *folder.resolve().parents[:2]):
+        if (place / "config.json").is_file():
+            config = json.loads((place / "config.json").read_text("utf-8"))
+            if "kd" in config:  # the others are of networks
+                return restored(config)
+    return None
+
+
+def before_and_after(
+    teacher: Network, of_teacher: Process, students: dict[str, Network], calibrations: Iterable[Calibration],
+    case: Case, count: int, sampler: dict[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:  # fmt: skip
+    """Rows for `report.table`, and the samples: the teacher, and each student as it is and calibrated, from the same
+    noise. sampler: arguments of `sample.sample`."""
+    from distil import metrics, sample
+
+    real = case.real.images[:50_000]
+    if sampler["vae"] is not None:
+        real = sample.decoded(sampler["vae"], case.real, count)
+    classifier = metrics.digit_classifier(real.shape[2]) if case.digits else None
+    rows, samples = [], {}
+
+    def add(name: str, net: Network, process: Process, **about: Any) -> None:
+        changed = sampler | {"net": net, "process": process, "label": f"sampling {name}"}
+        samples[name] = sample.sample(n=count, **changed)  # (n, C, H, W)
+        scores = metrics.score(samples[name], samples["teacher"], real, classifier, sampler["cond"].get("y"))
+        rows.append({"parameters": metrics.parameters(net), **about, **scores})
+
+    add("teacher", teacher, of_teacher, method="teacher")
+    for (name, net), calibration in zip(students.items(), calibrations, strict=True):
+        method, _, seed = name.rpartition("-")  # of a run's student, which train.py calls so
+        for kind, one in (("", net), (", calibrated", Calibrated(net, calibration))):
+            add(f"{name}{kind}", one, sampler["process"], method=f"{method or name}{kind}", seed=seed)
+    return rows, samples
+
+
+def main(argv: list[str] | None = None) -> int:
+    from distil import report, sample
+
+    parser = Parser("distil.calibrate", __doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of a saved network")
+    parser.add_argument("--images", help="to fit on and to compare with: a folder, or digits [the run's]")
+    parser.add_options(sample.Flags)
+    flags, given = parser.read(argv, sample.Flags, "run", "images")
+    run, device = given["run"], machine.find_device(flags.device)
+    with machine.refusing("distil.calibrate"):
+        num = flags.num or (None if flags.prompts else 300)
+        job = sample.prepare([run], replace(flags, no_calibration=True, num=num))
+        folders = sample.find_networks([run])
+        students = {folder.name: job.nets[name].to(device).eval() for name, folder in folders.items()}
+        first = next(iter(students.values()))
+        case = open_case(run, first, flags.teacher, given["images"])
+    flags, sampler = sample.sampler_of([run], flags), job.arguments[next(iter(folders))]
+    teacher = case.teacher.to(device)
+    own, theirs = process_of(teacher, flags.process, flags.spacing, flags.clip_x0), sampler["process"]
+    calibrations = fit_calibrations(
+        list(students.values()), teacher, own if own.steps == theirs.steps else own.fold(first.process["fold"]),
+        case.x0.to(device), theirs.timesteps(sampler["steps"]), {k: x.to(device) for k, x in case.cond.items()},
+        progress=partial(tqdm, desc="fitting", unit="timestep", leave=False),
+    )  # fmt: skip
+    for folder, calibration in zip(folders.values(), calibrations, strict=True):
+        calibration.save(folder)
+    rows, samples = before_and_after(teacher, own, students, calibrations, case, job.count, sampler)
+    picture = Path(flags.out) / "calibration.png"
+    report.grid(picture, samples)
+    about = f"{sampler['steps']} timesteps fitted on {len(case.x0)} images; {job.count} samples each"
+    print(f"{report.table(rows)}\n\n{about}\n{FILE} lies beside the weights of each student; pictures: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

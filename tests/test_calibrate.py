@@ -1,0 +1,320 @@
+"""distil/calibrate.py: the fit finds what was planted, a calibration is kept bit for bit, the command does it all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+import train
+from distil import calibrate, data, evaluate, machine, metrics, sample
+from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration, open_case
+from distil.process import DDPM, Guided, RectifiedFlow, process_of
+from distil.settings import parse
+from models import DiT, Network, UNet, correct, statistics
+
+TIMES = [40, 400, 800]
+
+
+def unet(seed=0, channels=1):
+    torch.manual_seed(seed)
+    few = {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
+    return UNet(8, in_channels=channels, channels=16, **few).eval()
+
+
+def dit(seed=0, **options):
+    torch.manual_seed(seed)
+    net = DiT(8, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3, **options).eval()
+    nn.init.normal_(net.final_layer.linear.weight, std=0.3)
+    nn.init.normal_(net.final_layer.adaLN_modulation[1].weight, std=0.3)
+    return net
+
+
+class Planted(Network):
+    """A teacher that is its student with a line in each image and channel, linear in the five statistics."""
+
+    def __init__(self, student, weights):
+        super().__init__()
+        self.student, self.weights, self.shape = student, weights, student.shape
+
+    def no_condition(self):
+        return self.student.no_condition()
+
+    def forward(self, x_t, t, cond=None):
+        output = self.student(x_t, t, cond)
+        return correct(x_t, output, self.weights[torch.searchsorted(torch.tensor(TIMES), t.long())])
+
+
+def images(n=24, channels=1, seed=1):
+    x = torch.rand(n, channels, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return x * torch.linspace(0.2, 1, n)[:, None, None, None]  # of many contrasts
+
+
+def planted(channels):
+    return 0.2 * torch.randn(len(TIMES), channels, 5, 2, generator=torch.Generator().manual_seed(2))
+
+
+CASES = {
+    "noise": (unet, DDPM, 1),
+    "colour": (lambda: unet(channels=3), DDPM, 3),
+    "v": (unet, lambda: DDPM(prediction="v"), 1),
+    "flow": (unet, RectifiedFlow, 1),
+    "classes and a variance": (dit, DDPM, 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fit_finds_the_line_that_was_planted(name):
+    make, process, channels = CASES[name]
+    student, weights, x0 = make(), planted(channels), images(64, channels)
+    teacher, cond = Planted(student, weights), {"y": torch.arange(64) % 3} if student.conditions else None
+    arguments = (student, teacher, process(), x0, TIMES, cond)
+    found = fit_calibration(*arguments, draws=2, ridge=1e-13)
+    assert found.times.tolist() == TIMES and found.weights.shape == (3, channels, 5, 2)
+    x_t, told = images(6, channels, seed=3), {"y": torch.arange(6) % 3} if student.conditions else {}
+    for t in TIMES:  # on images and noise that the fit has not seen
+        at = torch.full((6,), t)
+        expected, plain = teacher(x_t, at, told), student(x_t, at, told)
+        corrected = Calibrated(student, found)(x_t, at, told)
+        assert (expected - plain).abs().max() > 0.1
+        torch.testing.assert_close(corrected, expected, rtol=0, atol=2e-3)
+        assert torch.equal(corrected[:, channels:], plain[:, channels:])  # of the variance
+    drawn = fit_calibration(*arguments, draws=2, ridge=1e6).weights
+    assert drawn.abs().max() < 1e-3 < found.weights.abs().max()  # to the identity
+
+
+def test_it_is_the_least_squares_of_the_outputs():
+    student, teacher, x0, process = unet(), unet(1), images(40), DDPM()
+    generator = torch.Generator().manual_seed(machine.hash_seed(0, 0))
+    x_t = process.add_noise(x0, torch.randn(x0.shape, generator=generator), torch.full((40,), 400))
+    with torch.no_grad():
+        e_s, e_t = (net(x_t, torch.full((40,), 400)).double() for net in (student, teacher))
+    f = statistics(x_t, e_s).double().expand(-1, 64, -1)  # (B, N, 5)
+    e = e_s.flatten(2).mT  # (B, N, 1)
+    unknowns = torch.stack([f, f * e], dim=3).flatten(2).flatten(0, 1)  # (B N, 10)
+    expected = torch.linalg.lstsq(unknowns, (e_t - e_s).flatten()[:, None]).solution.view(5, 2)
+    for batch in (256, 7):
+        found = fit_calibration(student, teacher, process, x0, [400], draws=1, ridge=1e-14, batch=batch)
+        torch.testing.assert_close(found.weights[0, 0], expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_perfect_student_is_left_as_it_is():
+    student, x_t, t = unet(), images(6), torch.tensor([0, 40, 55, 400, 799, 999])
+    found = fit_calibration(student, unet(), DDPM(), images(), TIMES)
+    assert torch.equal(found.weights, torch.zeros(3, 1, 5, 2))
+    assert torch.equal(Calibrated(student, found)(x_t, t), student(x_t, t))
+
+
+def test_between_two_timesteps_the_weights_lie_on_the_line():
+    weights = planted(1)
+    calibration = Calibration(torch.tensor(TIMES).float(), weights, {})
+    x, e = images(7), images(7, seed=5)
+    t = torch.tensor([0.0, 40.0, 130.0, 400.0, 600.0, 800.0, 999.0])
+    expected = [weights[0], weights[0], 0.75 * weights[0] + 0.25 * weights[1], weights[1],
+                0.5 * weights[1] + 0.5 * weights[2], weights[2], weights[2]]  # fmt: skip
+    torch.testing.assert_close(calibration(x, t, e), correct(x, e, torch.stack(expected)))
+    one = Calibration(torch.tensor([400.0]), weights[:1], {})
+    assert torch.equal(one(x, t, e), correct(x, e, weights[:1].expand(7, -1, -1, -1)))
+
+
+def test_students_of_one_call_get_what_each_gets_alone():
+    students, arguments = [unet(1), unet(2)], (unet(), DDPM().fold(10), images(), [2, 9])
+    together = calibrate.fit_calibrations(students, *arguments)
+    for student, found in zip(students, together, strict=True):
+        alone = fit_calibration(student, *arguments)
+        assert torch.equal(found.weights, alone.weights) and found.about == alone.about
+
+
+def test_guidance_extrapolates_between_corrected_predictions():
+    student, x, t = dit(), images(4, 2), torch.full((4,), 400)
+    told, null = {"y": torch.tensor([0, 1, 2, 0])}, {"y": torch.full((4,), 3)}
+    asked = []
+
+    class Asked(Planted):
+        def forward(self, x_t, t, cond=None):
+            asked.append(cond["y"].tolist())
+            return super().forward(x_t, t, cond)
+
+    found = fit_calibration(student, Asked(student, planted(2)), DDPM(), x, [400], told)
+    assert asked == [[0, 3, 2, 3]] and told["y"].tolist() == [0, 1, 2, 0]  # every second image without its class
+    net = Calibrated(student, found)
+    guided = Guided(net, 2.0, net.no_condition(), net.guided_channels)(x, t, told)
+    c, u = net(x, t, told), net(x, t, null)
+    torch.testing.assert_close(guided[:, :2], (u + 2 * (c - u))[:, :2])
+    assert torch.equal(guided[:, 2:], student(x, t, told)[:, 2:])
+
+
+def test_a_calibrated_network_is_like_any_other():
+    for inner in (unet(), dit()):
+        calibration = Calibration(torch.tensor([400.0]), planted(inner.shape[0])[:1], {})
+        net = Calibrated(inner, calibration)
+        inner.process = {"fold": 20}
+        for name in Network.__annotations__.keys() - {"blocks"} | {"num_classes", "predicts_variance"}:
+            if hasattr(inner, name):
+                assert getattr(net, name) is getattr(inner, name), name
+        assert process_of(net).steps == 20 and net.no_condition() == inner.no_condition()
+        assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in inner.parameters())
+        before = machine.fingerprint(net.state_dict().values())
+        calibration.weights[0, 0, 0, 0] += 1e-3
+        assert machine.fingerprint(net.state_dict().values()) != before  # samples on disk tell the difference
+
+
+def test_saved_and_loaded_bit_for_bit_and_off_by_one_word(tmp_path):
+    student, teacher, x, t = unet(), unet(1), images(4), torch.tensor([0, 100, 400, 900])
+    student.save(tmp_path)
+    assert type(calibrate.load(tmp_path)) is UNet
+    found = fit_calibration(student, teacher, DDPM(), images(), TIMES, draws=1)
+    found.save(tmp_path)
+    loaded = calibrate.load(tmp_path)
+    assert torch.equal(loaded(x, t), Calibrated(student, found)(x, t)) and not torch.equal(loaded(x, t), student(x, t))
+    assert torch.equal(calibrate.load(tmp_path, calibrated=False)(x, t), student(x, t))
+    with safe_open(tmp_path / FILE, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    assert about["images"] == 24 and about["draws"] == 1 and not loaded.training
+
+
+def test_a_calibration_of_other_weights_is_refused(tmp_path):
+    student = unet()
+    student.save(tmp_path)
+    fit_calibration(student, unet(1), DDPM(), images(), TIMES, draws=1).save(tmp_path)
+    unet(2).save(tmp_path)
+    with pytest.raises(ValueError, match="made for other weights: fit it again, or"):
+        calibrate.load(tmp_path)
+    (tmp_path / FILE).write_bytes(b"1234")
+    with pytest.raises(ValueError, match="is damaged: fit it again, or"):
+        calibrate.load(tmp_path)
+    assert type(calibrate.load(tmp_path, calibrated=False)) is UNet
+
+
+# ---- Networks of others ----------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_of_diffusers_samples_with_it(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    settings = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1}
+    unet = diffusers.UNet2DModel(
+        8, **settings, **blocks, norm_num_groups=4, norm_eps=1e-6, attention_head_dim=None, downsample_padding=0,
+        flip_sin_to_cos=False, freq_shift=1,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False)
+    pipeline = diffusers.DDIMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    student = calibrate.teachers.load(tmp_path)
+    calibration = fit_calibration(student, unet_like(student), DDPM(), images(), DDPM().timesteps(5))
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(3, generator=generator, num_inference_steps=5, eta=0.0, output_type="np").images
+
+    before, handle = draw(), calibration.attach(pipeline.unet)
+    after, noise = draw(), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = DDPM().sample(Calibrated(student, calibration), noise.shape, 5, noise=noise)
+    seen = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert abs(after - seen).max() < 1e-3 < abs(after - before).max()
+    x, t = images(2), torch.tensor([400, 400])
+    assert torch.equal(unet(x, 400, return_dict=False)[0], unet(x, timestep=t).sample)
+    handle.remove()
+    assert (draw() == before).all()
+
+
+def unet_like(net):
+    """Its shape with other weights."""
+    other = net.like(net.config, net.state_dict()).eval()
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return other
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a run of two students stands in runs/tiny."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny = ["--channels", "16", "--steps", "4", "--teacher-steps", "4", "--batch-size", "4", "--sample-steps", "3"]
+        assert train.main(parse([*tiny, "--kd", "none", "place", "--eval-samples", "0", "--out", "runs/tiny"])) == 0
+    return folder
+
+
+def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(metrics, "digit_classifier", lambda size: metrics.DigitClassifier().eval())  # trained in vain
+    assert calibrate.main(["runs/tiny", "--num", "12", "--out", "shown"]) == 0
+    table = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert rows == ["teacher", "none", "none, calibrated", "place", "place, calibrated"]
+    assert "3 timesteps fitted on 297 images; 12 samples each" in table
+    assert Path("shown/calibration.png").is_file()
+    nets = [calibrate.load(f"runs/tiny/student/{name}-0") for name in ("none", "place")]
+    teacher = open_case(Path("runs/tiny"), nets[0], None, None).teacher
+    x0 = data.to_float(data.load("digits", split="test").images[:40])
+    for net in nets:  # nearer to the teacher at every timestep that the sampler visits
+        for t in net.head.times.tolist():
+            now = torch.full((40,), int(t))
+            x_t = DDPM().add_noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(9)), now)
+            with torch.no_grad():
+                before, after = ((one(x_t, now) - teacher(x_t, now)).square().mean() for one in (net.net, net))
+            assert after < before
+
+    def samples(*flags):
+        assert sample.main(["runs/tiny", "--num", "2", "--out", "images", *flags]) == 0
+        return {file.parent.name: file.read_bytes() for file in Path("images").glob("*/00000.png")}
+
+    assert samples("--no-calibration").keys() == {"tiny-none-0", "tiny-place-0"}
+    both = samples()
+    assert both["tiny-none-0-calibrated"] != both["tiny-none-0"] and len(both) == 4
+    real = ["--dataset", "digits", "--num", "12", "--out", "scores"]
+    for flags in ([], ["--no-calibration"]):
+        assert evaluate.main(["runs/tiny/student/none-0", *real, *flags], metrics.pixels) == 0
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| none")]
+    assert names == ["none-0-calibrated", "none-0"]
+
+
+def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    inside = open_case(Path("runs/tiny/student/none-0"), unet(), None, None, n=10)
+    assert inside.x0.shape == (10, 1, 8, 8) and inside.digits and len(inside.real.images) == 1500
+    rows = np.linspace(0, 296, 10).round().astype(int)
+    assert torch.equal(inside.x0, data.to_float(data.load("digits", split="test").images[rows]))
+    unet(1).save(tmp_path / "alone")
+    unet(2).save(tmp_path / "its teacher")
+    for i in range(7):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    told = ["--teacher", str(tmp_path / "its teacher"), "--images", str(tmp_path)]
+    few = ["--num", "6", "--sample-steps", "2", "--out", str(tmp_path / "shown")]
+    assert calibrate.main([str(tmp_path / "alone"), *told, *few]) == 0
+    assert "2 timesteps fitted on 7 images" in capsys.readouterr().out
+    assert (tmp_path / "alone" / FILE).is_file()
+    shutil.rmtree("runs/teachers")
+    assert "the teacher of runs/tiny is not kept here" in refused(calibrate.main, ["runs/tiny"], capsys)
+
+
+REFUSED = [
+    (["alone"], "alone belongs to no run: give --teacher, a network, and --images, a folder or digits"),
+    (["alone", "--teacher", "wide", "--images", "digits"], "use one that fits"),
+    (["alone", "--teacher", "nowhere", "--images", "digits"], "nowhere is not a saved network"),
+    (["alone", "--teacher", "alone", "--images", "nowhere"], "nowhere"),
+    (["nowhere"], "nowhere is not a saved network"),
+    (["alone", "--sample-steps", "0"], "--sample-steps 0 cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    unet().save("alone")
+    unet(channels=3).save("wide")
+    assert words in refused(calibrate.main, arguments, capsys)
+    assert not [*tmp_path.glob(f"**/{FILE}")]
