@@ -20,6 +20,7 @@ from distil.settings import Settings, parse, plain
 SETTINGS = parse(description=__doc__) if __name__ == "__main__" else None  # answered before torch, which takes seconds
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
-from tqdm import tqdm
 
 from distil import data, evaluate, fast_loss, machine, report
 from distil.machine import Stop, hash_seed, mean_over_ranks, rank_and_world, say
@@ -229,17 +229,20 @@ def diagnose(
 
 def train(
     settings: Settings, students: list[Student], teacher: nn.Module | None, images: data.Images, process: Process,
-    start: int,
+    start: int, look: Callable[[], None] = lambda: None,
 ) -> bool:  # fmt: skip
     """Train all students side by side, from step `start` on: one batch, one noise, one teacher pass for all of them.
+
+    look: shows how far they are; called every `settings.preview_every` steps.
 
     Returns:
         True at the end; False when Ctrl-C or a scheduler's SIGTERM ended it early, after saving a checkpoint.
     """
     folder = Path(settings.out)
     stream = batches(settings, images, process, students[0].ema, start)
-    bar = tqdm(initial=start, total=settings.steps, desc=folder.name, unit="step", disable=rank_and_world()[0] > 0,
-               mininterval=1.0)  # fmt: skip
+    bar = machine.progress_bar(initial=start, total=settings.steps, desc=folder.name, unit="step",
+                               disable=rank_and_world()[0] > 0)  # fmt: skip
+    every = settings.save_every if settings.preview_every is None else settings.preview_every
     logging = machine.open_log(folder, start, settings.log, plain(settings))
     with Stop() as stop, logging as log, contextlib.closing(stream), bar:
         for at in range(start, settings.steps):
@@ -250,13 +253,37 @@ def train(
                 values = mean_over_ranks(torch.stack([value.detach().float() for value in found.values()])).tolist()
                 record = {"step": at, "student": student.name, "method": student.method, "seed": student.seed}
                 record["lr"] = student.optimizer.param_groups[0]["lr"]
-                log({**record, **dict(zip(found, values, strict=True))})
+                record |= dict(zip(found, values, strict=True)) | {"skipped": at + 1 - student.updates}
+                log(record)
+                keys = ["loss", "coarse", "w"] + ["skipped"] * (record["skipped"] > 0)
+                shown = [f"{key} {record[key]:.3g}" for key in keys if key in record]
+                bar.set_postfix_str(f"{student.name}: {', '.join(shown)}", refresh=False)
             bar.update()
             if stop.asked or last or (at + 1) % settings.save_every == 0:
                 save_checkpoint(settings, students, folder, at + 1)
             if stop.asked:
                 return last
+            if every and (at + 1) % every == 0 and not last:  # the last one is evaluated
+                look()
     return True
+
+
+def preview(settings: Settings, students: list[Student], run: Run, process: Process) -> None:
+    """The averages of the students as they are now: student/, samples.png and curves.png."""
+    nets = {student.name: student.average() for student in students}
+    if rank_and_world()[0] == 0:
+        save_students(settings, nets)
+        shown = [(student.method, nets[student.name]) for student in students]
+        evaluate.preview(settings, run.images, run.vae, shown, process, run.device)
+
+
+def save_students(settings: Settings, nets: dict[str, Network]) -> list[Path]:
+    """Writes student/, or where there are several student/NAME. Returns the folders."""
+    folder = Path(settings.out) / "student"
+    folders = [folder / name for name in nets] if len(nets) > 1 else [folder]
+    for place, net in zip(folders, nets.values(), strict=True):
+        net.save(place)
+    return folders
 
 
 def save_checkpoint(settings: Settings, students: list[Student], folder: Path, steps: int) -> None:
@@ -281,7 +308,8 @@ def resume(
         say(f"{folder}: resumed at step {start} of {settings.steps}")
     if rank_and_world()[0] == 0:
         machine.write_json(folder / "config.json", plain(settings))
-    done = train(settings, students, teacher, run.images, process, start)
+    look = functools.partial(preview, settings, students, run, process)
+    done = train(settings, students, teacher, run.images, process, start, look)
     if not done:
         say(f"{folder}: stopped and saved; the same command goes on")
     return done
@@ -348,16 +376,12 @@ def distil(run: Run) -> dict[str, Any] | None:
     if not resume(settings, students, tapped, run, process, run.checkpoint):
         return None
     for student in students:
-        student.gather()
+        student.ema = student.average()
     if rank_and_world()[0] > 0:
         return None
-    folders = {student.name: folder / "student" / student.name for student in students}
-    if len(students) == 1:
-        folders = {students[0].name: folder / "student"}
-    for student in students:
-        student.ema.save(folders[student.name])
+    folders = save_students(settings, {student.name: student.ema for student in students})
     metrics = evaluate.measure(settings, run.images, run.held_out, teacher, run.vae, students, process, run.device)
-    for place in dict.fromkeys((folder, folder / "student", *folders.values())):
+    for place in dict.fromkeys((folder, folder / "student", *folders)):
         report.card(place, metrics)
     machine.write_json(folder / "metrics.json", metrics)
     announce(metrics, folder)

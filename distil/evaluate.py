@@ -49,24 +49,24 @@ def measure(
     """Samples the teacher and every student from the same noise and scores them: what metrics.json holds.
 
     Writes curves.png, samples.png and, where the teacher was sampled in several ways, interpolations.png into
-    `settings.out`; with `settings.eval_samples` 0 curves.png alone. images: the train split. process: of the students,
+    `settings.out`; with `settings.eval_samples` 0 it is a `preview`. images: the train split. process: of the students,
     each with name, method, seed, the seconds of its training, and `ema`, the network to sample.
     """
     folder, n = Path(settings.out), settings.eval_samples
-    found = {"settings": plain(settings), "machine": machine.describe(), "protocol": "not evaluated"}
+    found: dict[str, Any] = {"settings": plain(settings), "machine": machine.describe(), "protocol": "not evaluated"}
     found |= {"teacher": sizes(teacher), "students": []}
     for student in students:
         about = {"method": student.method, "seed": student.seed, "seconds": round(student.seconds, 1)}
         found["students"].append(about | sizes(student.ema))
-    report.curves(folder / "curves.png", folder / "log.jsonl")
     if n == 0:
+        shown = [] if settings.preview_every == 0 else [(student.method, student.ema) for student in students]
+        preview(settings, images, vae, shown, process, device)
         return found
+    report.curves(folder / "curves.png", folder / "log.jsonl")
 
     real = images.images[:50_000] if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
     classifier = metrics.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
-    told = sample.classes_in_turn(teacher, n)
-    if teacher.conditions and not told:  # the captions of the images that `decoded` shows
-        told = images.conditions(np.linspace(0, len(images.images) - 1, n).round().astype(int))
+    told = conditions(teacher, images, n)
     options = {"seed": settings.seed, "eta": settings.eta, "guidance": settings.guidance, "device": device}
     options |= {"cond": told, "vae": vae}
 
@@ -101,6 +101,34 @@ def measure(
     n_floor = 0 if held_out is None else len(held_out.images)
     found["protocol"] = report.protocol(settings, len(real), n_floor, sampler, tuple(told), classifier)
     return found
+
+
+def preview(
+    settings: Settings, images: data.Images, vae: Vae | None, nets: Sequence[tuple[str, Network]], process: Process,
+    device: torch.device, n: int = 32,
+) -> None:  # fmt: skip
+    """Writes curves.png and, of n images of the first network of each method, from the same noise, samples.png.
+    nets: (method, network) of the students of the run at `settings.out`. Latents are looked at if their VAE is known.
+    Nothing is measured, and no random number of the training is drawn."""
+    folder, samples = Path(settings.out), {}
+    report.curves(folder / "curves.png", folder / "log.jsonl")
+    if not nets or (images.record is not None and vae is None):
+        return
+    first = nets[0][1]
+    options = {"seed": settings.seed, "steps": min(settings.sample_steps, process.steps), "eta": settings.eta}
+    options |= {"guidance": settings.guidance, "cond": conditions(first, images, n), "vae": vae, "device": device}
+    for method, net in nets:
+        if method not in samples:
+            samples[method] = sample.sample(net, process, n, label=f"preview of {method}", **options)
+    report.grid(folder / "samples.png", samples, report.columns(first.num_classes, n))
+
+
+def conditions(net: Network, images: data.Images, n: int) -> dict[str, Tensor]:
+    """What n samples of a network are told: classes in turn, or the captions of the images that `decoded` shows."""
+    told = sample.classes_in_turn(net, n)
+    if net.conditions and not told:
+        told = images.conditions(np.linspace(0, len(images.images) - 1, n).round().astype(int))
+    return told
 
 
 def sizes(net: Network) -> dict[str, int]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from distil import machine
 from distil.process import Process
 from models import Network
 
@@ -41,7 +41,7 @@ def accumulate_gradients(
     largest, summed = 0.0, 0
     try:
         with torch.enable_grad():
-            for step in tqdm(timesteps, desc="importance", disable=not progress):
+            for step in machine.progress_bar(timesteps, desc="importance", disable=not progress):
                 t = torch.full(x0.shape[:1], step, device=x0.device)  # (B,)
                 prediction, target = net(process.add_noise(x0, noise, t), t), process.target(x0, noise, t)
                 loss = F.mse_loss(prediction.float(), target.float(), reduction="sum") / len(x0)
@@ -86,7 +86,7 @@ def block_influence(
     net.eval()
     try:
         timesteps = torch.arange(process.steps, device=x0.device)
-        for t in tqdm(timesteps.split(len(x0)), desc="block influence", disable=not progress):
+        for t in machine.progress_bar(timesteps.split(len(x0)), desc="block influence", disable=not progress):
             part = None if cond is None else {key: value[: len(t)] for key, value in cond.items()}
             net(process.add_noise(x0[: len(t)], noise[: len(t)], t), t, part)
             sums += torch.stack([cosines[i] for i in range(len(sums))]) * len(t)
@@ -185,7 +185,7 @@ def learned_blocks(
         groups = [{"params": [gated.gates], "lr": 1e-3}, {"params": learned, "lr": 1e-4}]
         optimizer = torch.optim.AdamW(groups, weight_decay=0)
         average = gated.gates.detach().clone()
-        for step in tqdm(range(steps), desc="choosing blocks", disable=not progress):
+        for step in machine.progress_bar(range(steps), desc="choosing blocks", disable=not progress):
             gated.tau = 4 + (0.1 - 4) * step / max(steps - 1, 1)
             torch.manual_seed(seed * 1_000_003 + step)
             value = loss(gated, step)

@@ -159,7 +159,7 @@ def need_room(folder: str | os.PathLike, size: int, what: str) -> None:
 
 @contextlib.contextmanager
 def open_log(folder: Path, start: int, kind: str, config: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that appends a record to log.jsonl, and to tensorboard or wandb if `kind` is one; on rank 0 alone.
+    """A function that appends a record to log.jsonl, and to the library that `kind` names; on rank 0 alone.
 
     Records from step `start` on are dropped first: a killed run wrote them, and the resumed one will write them again.
     """
@@ -173,23 +173,25 @@ def open_log(folder: Path, start: int, kind: str, config: dict[str, Any]) -> Ite
             part.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < start))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((folder / "log.jsonl").open("a", buffering=1))
-        also = None
+        also: Callable[..., Any] | None = None
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            also = stack.enter_context(SummaryWriter(str(folder))).add_scalar
-        elif kind == "wandb":
-            import wandb
+            writer = stack.enter_context(SummaryWriter(str(folder)))
 
-            run = stack.enter_context(wandb.init(project="lift-place", name=folder.name, config=config))
-
-            def also(key: str, value: float, step: int) -> None:
-                run.log({key: value}, step=step)
+            def also(values: dict[str, float], step: int) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+        elif kind != "jsonl":  # wandb, trackio
+            run = importlib.import_module(kind).init(project="lift-place", name=folder.name, config=config)
+            stack.callback(run.finish)
+            also = run.log
 
         def log(record: dict[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
-            for key in record.keys() - {"step", "student", "method", "seed"} if also else ():
-                also(f"{record['student']}/{key}", record[key], record["step"])
+            if also is not None:
+                keys = [key for key in record if key not in ("step", "student", "method", "seed")]
+                also({f"{record['student']}/{key}": record[key] for key in keys}, step=record["step"])
 
         yield log
 
@@ -201,6 +203,24 @@ def say(text: str) -> None:
     """A line on stdout, once, whatever the number of processes."""
     if rank_and_world()[0] == 0:
         print(text, flush=True)
+
+
+class Lines:
+    """Stands for stderr where that is a file or a pipe: what a progress bar draws over itself becomes lines."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(*iterable: Any, **options: Any) -> tqdm:
+    """A progress bar, options as of `tqdm`; where stderr is no terminal, a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(*iterable, mininterval=0.5, **options)
+    return tqdm(*iterable, mininterval=10, file=Lines(), **options)
 
 
 def note(text: str) -> None:

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from distil import data, machine
 from models import Network
@@ -119,7 +118,7 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
         images, labels = torch.tensor(train.images), torch.tensor(train.labels)
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in tqdm(range(steps), desc="digit classifier", leave=False):
+        for _ in machine.progress_bar(range(steps), desc="digit classifier", leave=False):
             pick = torch.randint(len(images), (64,))
             shift = torch.randint(-1, 2, (2,)).tolist()  # up to a pixel each way, for there are few images
             loss = F.cross_entropy(net(images[pick].roll(shift, (2, 3))), labels[pick])
@@ -181,7 +180,9 @@ def features(
 ) -> Tensor:
     """extract(...) of images (N, C, H, W) uint8, or of `rows` of them, `batch` at a time: (N, D) on the CPU."""
     rows = np.arange(len(images)) if rows is None else rows
-    starts = tqdm(range(0, len(rows), batch), desc=label, unit="img", unit_scale=batch, leave=False, disable=not label)
+    starts = machine.progress_bar(
+        range(0, len(rows), batch), desc=label, unit="img", unit_scale=batch, leave=False, disable=not label
+    )
     return torch.cat([extract(torch.as_tensor(images[rows[i : i + batch]])).cpu() for i in starts])
 
 

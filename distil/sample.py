@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from distil import calibrate, data, machine, teachers
 from distil.process import Guided, Process, process_of
@@ -83,7 +82,7 @@ def sample_batches(
     done, size, largest = 0, batch or 256, batch or (2048 if where.type == "cuda" else 256)
     net.eval()
     try:
-        with tqdm(total=len(rows), desc=label, unit="img", disable=not progress, leave=False) as bar:
+        with machine.progress_bar(total=len(rows), desc=label, unit="img", disable=not progress, leave=False) as bar:
             while done < len(rows):
                 part, x = list(rows[done : done + size]), None
                 try:

@@ -250,9 +250,13 @@ class Settings:
     recompute: bool = option(False, "sd, mmdit: gradient checkpointing, less memory for a third more time", bool)
     fsdp: bool = option(False, "split the students over the processes (torch FSDP2), not only the batch", bool)
     accumulate: int = option(1, "parts in which a process takes its share of a batch, to save memory", int, low=1)
-    log: str = option("jsonl", "log.jsonl, or another beside it", choices=("jsonl", "tensorboard", "wandb"))
+    log: str = option("jsonl", "log.jsonl, or another beside it", choices=("jsonl", "tensorboard", "wandb", "trackio"))
     log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
     save_every: int = option(500, "steps between checkpoints", int, low=1)
+    preview_every: int | None = option(
+        None, "steps between previews: student/, samples.png, curves.png; 0: none; by default at every checkpoint", int,
+        low=0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.data is not None and self.dataset == "digits":
@@ -375,7 +379,7 @@ def brief(value: Any) -> str:
 
 
 # Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
-FREE = {"out", "device", "log", "log_every", "save_every"}
+FREE = {"out", "device", "log", "log_every", "save_every", "preview_every"}
 EVALUATION = {"eval_samples", "sample_steps", "eta", "spacing", "clip_x0", "guidance", "vae"}
 NAMED = {"dataset", "arch", "image_size", "student", "prune", "keep", "kd", "seeds"}  # they begin the name of a run
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from distil import machine
 
@@ -115,7 +114,7 @@ def write_shards(
     sizes = [min(SHARD, count - i * SHARD) for i in todo]
     row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())  # bytes
     machine.need_room(folder, sum(sizes) * row, what)
-    with tqdm(total=sum(sizes), desc=what, unit="img", disable=rank > 0 or not todo) as bar:
+    with machine.progress_bar(total=sum(sizes), desc=what, unit="img", disable=rank > 0 or not todo) as bar:
         for i, size in zip(todo, sizes, strict=True):
             with contextlib.ExitStack() as stack:  # it renames the last file first
                 parts = {}

@@ -188,8 +188,15 @@ class Student:
         """Clips the gradient of the network, not of its adapters. Returns its norm before that, ()."""
         return nn.utils.clip_grad_norm_(self.net.parameters(), limit)
 
-    def gather(self) -> None:
-        """After training: the average becomes one whole network. Every process has to call it."""
+    def average(self) -> Network:
+        """The average as one whole network, on rank 0. Every process has to call it."""
+        return self.ema
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer moved the weights; in fp16 it leaves out steps whose gradient overflowed."""
+        states = iter(self.optimizer.state.values())
+        return int(next(states, {"step": 0})["step"])
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: plain tensors and numbers. Every process has to call it; rank 0 gets them all."""
@@ -223,13 +230,13 @@ class ShardedStudent(Student):
     def clip(self, limit: float) -> Tensor:
         return super().clip(limit).full_tensor()
 
-    def gather(self) -> None:
+    def average(self) -> Network:
         from torch.distributed.checkpoint import state_dict as sharded
 
         options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
         if state := sharded.get_model_state_dict(self.ema, options=options):  # on rank 0
             self.whole.load_state_dict(state, assign=True)
-        self.ema = self.whole
+        return self.whole
 
     def state(self) -> dict[str, Any]:
         from torch.distributed.checkpoint import state_dict as sharded

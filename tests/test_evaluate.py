@@ -95,7 +95,9 @@ def test_networks_that_are_told_the_class():
 def test_a_run_that_is_not_evaluated_has_sizes_and_curves():
     found, _ = measured("none", tiny(0), [tiny(1)], eval_samples=0, kd=("out",))
     assert found["protocol"] == "not evaluated" and "floor" not in found and len(found["teacher"]) == 2
-    assert [path.name for path in Path("none").glob("*.png")] == ["curves.png"]
+    assert {path.name for path in Path("none").glob("*.png")} == {"curves.png", "samples.png"}  # 32 are drawn anyway
+    measured("bare", tiny(0), [tiny(1)], eval_samples=0, preview_every=0, kd=("out",))
+    assert [path.name for path in Path("bare").glob("*.png")] == ["curves.png"]
 
 
 # ---- Tables over runs ------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Processes, devices, seeds, and files that appear whole or not at all."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -124,18 +123,27 @@ def test_the_log_grows_line_by_line_and_forgets_what_will_come_again(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [a_record(step) for step in range(3)]
 
 
-def test_the_log_also_goes_to_wandb(tmp_path, monkeypatch):
-    wandb, told = types.ModuleType("wandb"), []
-    run = types.SimpleNamespace(log=lambda line, step: told.append((line, step)))
-    wandb.init = lambda **about: told.append(about) or contextlib.nullcontext(run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with machine.open_log(tmp_path, 0, "wandb", {"lr": 1}) as log:
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_the_log_also_goes_to(kind, tmp_path, monkeypatch):
+    library, told = types.ModuleType(kind), []
+    run = types.SimpleNamespace(log=lambda line, step: told.append((line, step)), finish=lambda: told.append("end"))
+    library.init = lambda **about: told.append(about) or run
+    monkeypatch.setitem(sys.modules, kind, library)
+    with machine.open_log(tmp_path, 0, kind, {"lr": 1}) as log:
         log(a_record(2))
     assert told == [
         {"project": "lift-place", "name": tmp_path.name, "config": {"lr": 1}},
         ({"place-0/loss": 2.5}, 2),
+        "end",
     ]
     assert json.loads((tmp_path / "log.jsonl").read_text()) == a_record(2)
+
+
+def test_a_progress_bar_that_no_terminal_shows_is_a_line_every_ten_seconds(capsys):
+    for _ in machine.progress_bar(range(500), desc="steps"):
+        pass
+    err = capsys.readouterr().err
+    assert "\r" not in err and 1 <= err.count("\n") <= 2 and err.endswith("\n") and "steps: 100%" in err
 
 
 # ---- Words to the user -----------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_a_finished_run_is_recognised_and_another_one_refused(tmp_path):
     assert prepare.read_checkpoint(settings, tmp_path) is None and prepare.read_metrics(settings, tmp_path) is None
     (tmp_path / "metrics.json").write_text(json.dumps({"settings": plain(settings)}))
     torch.save({"step": 3, "settings": plain(settings), "students": {}}, tmp_path / "checkpoint.pt")
-    watched = {"out": "elsewhere", "device": "cpu", "log": "wandb", "log_every": 7, "save_every": 9}
+    watched = {"out": "elsewhere", "device": "cpu", "log": "wandb", "log_every": 7, "save_every": 9, "preview_every": 3}
     assert prepare.read_metrics(Settings(**watched), tmp_path)["settings"] == plain(settings)
     for sampled in ({"sample_steps": 7}, {"eta": 1.0}, {"eval_samples": 0}, {"clip_x0": True}, {"guidance": 2.0}):
         other = Settings(**sampled)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 # a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
 TINY = ["--channels", "16", "--teacher-steps", "3", "--prune", "0.5", "--steps", "6",
         "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
-        "--device", "cpu"]  # fmt: skip
+        "--preview-every", "0",        "--device", "cpu"]  # fmt: skip
 FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
 SMALL = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
 
@@ -382,11 +382,13 @@ KILLED = {
 def test_a_killed_run_resumes_bit_for_bit(kind, processes, capsys):
     arguments, whole, killed = [*KILLED[kind], "--seeds", "0", "--log-every", "1"], f"{kind}-whole", f"{kind}-killed"
     run(*arguments, "--out", f"runs/{whole}")
-    process = processes([[*arguments, "--out", f"runs/{killed}"]], kill_at=3)
+    process = processes([[*arguments, "--preview-every", "2", "--out", f"runs/{killed}"]], kill_at=3)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert [torch.load(f"runs/{killed}/checkpoint.pt", weights_only=True)["step"], log(killed)[-1]["step"]] == [2, 2]
-    run(*arguments, "--out", f"runs/{killed}")
+    assert Path(f"runs/{killed}/samples.png").is_file()  # of 32 samples of its students, which changed nothing
+    assert {path.parent for path in Path(f"runs/{killed}/student").rglob("config.json")}
+    run(*arguments, "--preview-every", "2", "--out", f"runs/{killed}")
     assert f"runs/{killed}: resumed at step 2 of 6" in capsys.readouterr().out
     for folder in {path.parent for path in Path(f"runs/{whole}/student").rglob("config.json")}:
         assert same(str(folder.relative_to("runs")), str(folder.relative_to("runs")).replace(whole, killed))
