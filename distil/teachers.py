@@ -25,7 +25,9 @@ from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, first_line
 from models import FILES, DiT, Network, UNet, build, check_fit, read_weights
 
 INSIDE = tuple(wrapper.folder for wrapper in WRAPPERS.values())  # where the network lies in a pipeline
-SCHEDULER = "scheduler/scheduler_config.json"  # beside it
+SCHEDULERS = (  # where its settings lie, seen from a pipeline, old or new, and from the network in one
+    "scheduler/scheduler_config.json", "scheduler_config.json", "../scheduler/scheduler_config.json",
+)  # fmt: skip
 
 
 def load(where: str | os.PathLike) -> Network:
@@ -56,28 +58,47 @@ def load(where: str | os.PathLike) -> Network:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     if kind is None:
         return models.load(folder)
-    if (pipeline / SCHEDULER).is_file():
-        net.process = _process(pipeline / SCHEDULER)
+    scheduler = next((pipeline / file for file in SCHEDULERS if (pipeline / file).is_file()), None)
+    net.process = config.get("_process", {}) if scheduler is None else _process(scheduler)  # our own students say it
     return net.eval()
 
 
-def _process(file: Path) -> dict[str, str]:
-    """The process for which a pipeline was trained, by the settings of its scheduler."""
+# Of diffusers' schedulers: words for ours, and settings of which ours know but one value. What only concerns sampling
+# (spacing, clipping, the order of a solver) is left to the flags of a run.
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
+FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None, "timestep_type": "discrete"}
+FIXED_FLOW = {"use_dynamic_shifting": False, "num_train_timesteps": 1000}
+
+
+def _process(file: Path) -> dict[str, Any]:
+    """The process for which a pipeline was trained, by the settings of its scheduler, as `Network.process`.
+
+    ValueError, which names the setting, for what no process here has.
+    """
     config = json.loads(file.read_text())
-    name = config.get("_class_name", "")
-    if name.startswith("FlowMatch"):
-        kind, arguments = "flow", inspect.signature(RectifiedFlow).parameters
-        said = {"shift": None if config.get("use_dynamic_shifting") else config.get("shift", 1.0)}
+    name = config.get("_class_name", "scheduler without a name")
+    flow = name.startswith("FlowMatch")
+    kind, process, fixed = ("flow", RectifiedFlow, FIXED_FLOW) if flow else ("ddpm", DDPM, FIXED)
+    defaults = {key: argument.default for key, argument in inspect.signature(process).parameters.items()}
+    if flow:
+        said = {"shift": config.get("shift", 1.0)}
     else:
-        kind, arguments = "ddpm", inspect.signature(DDPM).parameters
-        prediction = {"epsilon": "noise", "v_prediction": "v"}.get(config.get("prediction_type", "epsilon"))
-        said = {key: config.get(key) for key in ("beta_start", "beta_end")}
-        said |= {"schedule": config.get("beta_schedule"), "prediction": prediction}
-    defaults = {key: arguments[key].default for key in said}
-    for process, (its_kind, its_arguments) in PROCESSES.items():
-        if its_kind == kind and {**defaults, **its_arguments} == said:
-            return {"name": process}
-    raise ValueError(f"{file} describes a {name} with settings that no process here has")
+        words = {"beta_schedule": BETAS, "prediction_type": PREDICTIONS}
+        config = {"prediction_type": "epsilon", **config}  # very old files do not say it
+        if wrong := [key for key in words if config.get(key) not in words[key]]:
+            raise ValueError(f"{file} describes a {name} whose {wrong[0]} is {config.get(wrong[0])!r}, "
+                             f"of which only {', '.join(words[wrong[0]])} can be distilled")  # fmt: skip
+        said = {"steps": config.get("num_train_timesteps", 1000), "schedule": BETAS[config["beta_schedule"]]}
+        said |= {key: config.get(key, defaults[key]) for key in ("beta_start", "beta_end")}
+        said["prediction"] = PREDICTIONS[config["prediction_type"]]
+    if wrong := [key for key, value in fixed.items() if config.get(key, value) != value]:
+        raise ValueError(f"{file} describes a {name} whose {wrong[0]} is {config[wrong[0]]!r}, "
+                         f"of which only {fixed[wrong[0]]!r} can be distilled")  # fmt: skip
+    for known, (its_kind, arguments) in PROCESSES.items():
+        if its_kind == kind and {**defaults, **arguments} == {**defaults, **said}:
+            return {"name": known}
+    return {"name": kind} | {key: value for key, value in said.items() if value != defaults[key]}
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -99,7 +120,7 @@ def _from_hub(name: str) -> Path:
     for weights in ((FILES[0], WEIGHTS[0], *sharded), WEIGHTS[1:]):  # old models have no safetensors
         files = [f"{place}{file}" for place in ("", *(f"{i}/" for i in INSIDE)) for file in ("config.json", *weights)]
         try:
-            folder = Path(hub.snapshot_download(name, allow_patterns=[*files, SCHEDULER]))
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*files, *SCHEDULERS[:2]]))
         except (OSError, ValueError) as error:  # no network, no such model, no such name
             raise FileNotFoundError(f"{absent} cannot be fetched: {first_line(error)}") from error
         if any(any(folder.glob(file)) for file in files if not file.endswith(".json")):

@@ -8,6 +8,7 @@ All this needs diffusers: `pip install -e ".[sd]"`. Its argument names are known
 
 import hashlib
 import inspect
+import json
 import math
 import os
 import re
@@ -105,7 +106,8 @@ class Diffusers(Network):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         with machine.whole(folder / "config.json") as config, machine.whole(folder / WEIGHTS[0]) as weights:
-            self.net.to_json_file(config)
+            said = json.loads(self.net.to_json_string())  # diffusers passes over names with an underscore
+            config.write_text(json.dumps(said | ({"_process": self.process} if self.process else {}), indent=2) + "\n")
             save_file(state, weights, metadata={"format": "pt"})
             weights.chmod(config.stat().st_mode)  # safetensors would shut out all other users
 

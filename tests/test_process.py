@@ -44,7 +44,7 @@ def oracle(process: Process, mean, std, bend: float = 0.0):
         off = (x.double() - alpha * mean) / (alpha**2 * std**2 + sigma**2)
         x0, noise = mean + alpha * std**2 * off, sigma * off
         kind = getattr(process, "prediction", "velocity")
-        output = {"noise": noise, "v": alpha * noise - sigma * x0, "velocity": noise - x0}[kind]
+        output = {"noise": noise, "v": alpha * noise - sigma * x0, "velocity": noise - x0, "x0": x0}[kind]
         return (output + bend * torch.tanh(3 * x.roll(1, -1) + t.reshape(alpha.shape) / 1000)).float()
 
     return net
@@ -160,7 +160,8 @@ def diffusers_sample(scheduler, net, noise, generator=None, **options):
 def diffusers_ddpm(kind, process, steps, **options):
     scheduler = getattr(pytest.importorskip("diffusers"), kind)(
         trained_betas=process.betas.tolist(),
-        prediction_type={"noise": "epsilon", "v": "v_prediction"}[process.prediction],
+        num_train_timesteps=process.steps,
+        prediction_type={"noise": "epsilon", "v": "v_prediction", "x0": "sample"}[process.prediction],
         clip_sample=process.clip_x0,
         timestep_spacing=process.spacing,
         **options,
@@ -180,6 +181,19 @@ def test_ddim_equals_that_of_diffusers(name, eta, steps):
     ours = process.sample(net, noise.shape, steps, eta=eta, noise=noise, generator=seeded(2))
     assert (ours - theirs).abs().max() < 2e-4
     assert 0.5 < ours.std() < 3  # a comparison of numbers of a sensible size
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize("prediction", ["noise", "v", "x0"])
+def test_every_schedule_and_prediction_is_sampled_as_in_diffusers(name, prediction):
+    schedule = {"squaredcos_cap_v2": "cosine"}.get(name, name)
+    process = DDPM(500, 1e-4, 0.03, schedule=schedule, prediction=prediction)
+    scheduler = pytest.importorskip("diffusers").DDPMScheduler(500, 1e-4, 0.03, name)
+    torch.testing.assert_close(process.betas, scheduler.betas, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(process.alpha_bar, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-9)
+    net, noise = oracle(process, 0, 1, bend=0.2), torch.randn(2, 3, 8, 8, generator=seeded(1))
+    theirs = diffusers_sample(diffusers_ddpm("DDIMScheduler", process, 20), net, noise)
+    assert (process.sample(net, noise.shape, 20, noise=noise) - theirs).abs().max() < 1e-3 and theirs.std() < 3
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -14,7 +14,7 @@ from conftest import Trap
 from safetensors.torch import save_file
 
 from distil import teachers
-from distil.process import DDPM, make_process
+from distil.process import RectifiedFlow, process_of
 from distil.teachers import PUBLIC, load, public_teacher
 from models import UNet, load_checkpoint, prune_channels
 
@@ -278,37 +278,66 @@ def test_folders_that_hold_no_network_say_what_is_missing(config, error, message
 # ---- the scheduler of a pipeline -------------------------------------------------------------------------------------
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+X0 = {"prediction": "x0"}
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler
+D = diffusers.DDPMScheduler
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "name"),
+    ("scheduler", "process"),
     [
-        (diffusers.PNDMScheduler(**STABLE), "sd"),
-        (diffusers.DDIMScheduler(**STABLE, prediction_type="v_prediction"), "sd-v"),
-        (diffusers.DDPMScheduler(), "ddpm"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "sd3"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "flow"),
-        (diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"), None),
-        (diffusers.DDPMScheduler(prediction_type="v_prediction"), None),
-        (diffusers.DDPMScheduler(prediction_type="sample"), None),
-        (diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), None),
-        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), None),
+        (diffusers.PNDMScheduler(**STABLE), {"name": "sd"}),
+        (diffusers.DDIMScheduler(**STABLE, prediction_type="v_prediction"), {"name": "sd-v"}),
+        (D(), {"name": "ddpm"}),
+        (FLOW(shift=3.0), {"name": "sd3"}),
+        (FLOW(), {"name": "flow"}),
+        (FLOW(shift=2.0), {"name": "flow", "shift": 2.0}),
+        (D(**COSINE), {"name": "ddpm", "schedule": "cosine"}),
+        (D(prediction_type="v_prediction"), {"name": "ddpm", "prediction": "v"}),
+        (D(200, beta_end=0.1, beta_schedule="sigmoid"), {"schedule": "sigmoid", "steps": 200, "beta_end": 0.1}),
+        (diffusers.UniPCMultistepScheduler(**COSINE, prediction_type="sample"), {"schedule": "cosine"} | X0),
     ],
-)
-def test_a_pipeline_says_for_which_process_it_was_trained(scheduler, name, tmp_path):
+)  # fmt: skip
+def test_a_pipeline_says_for_which_process_it_was_trained(scheduler, process, tmp_path):
     theirs(layers_per_block=1).save_pretrained(tmp_path / "unet")
     assert load(tmp_path).process == {}
     scheduler.save_pretrained(tmp_path / "scheduler")
-    if name is None:
-        with pytest.raises(ValueError, match=f"describes a {type(scheduler).__name__} with settings that no process"):
-            load(tmp_path)
+    net = load(tmp_path)
+    assert net.process == load(tmp_path / "unet").process == {"name": "ddpm", **process}
+    net.save(tmp_path / "ours")
+    ours = process_of(load(tmp_path / "ours"))
+    if isinstance(ours, RectifiedFlow):
+        assert ours.shift == scheduler.shift
         return
-    assert load(tmp_path).process == {"name": name} and load(tmp_path / "unet").process == {}
-    process = make_process(name)
-    if isinstance(process, DDPM):
-        torch.testing.assert_close(process.alpha_bar, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
-    else:
-        assert process.shift == scheduler.shift
+    torch.testing.assert_close(ours.alpha_bar, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    x0, noise, kind = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), scheduler.config.prediction_type
+    t = torch.tensor([3, ours.steps - 9])
+    torch.testing.assert_close(ours.add_noise(x0, noise, t), D.add_noise(scheduler, x0, noise, t), rtol=1e-3, atol=1e-4)
+    velocity = D.get_velocity(scheduler, x0, noise, t)
+    target = {"epsilon": noise, "sample": x0, "v_prediction": velocity}[kind]
+    torch.testing.assert_close(ours.target(x0, noise, t), target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (D(rescale_betas_zero_snr=True), "DDPMScheduler whose rescale_betas_zero_snr is True, of which only False can"),
+        (D(trained_betas=[0.1, 0.2]), r"whose trained_betas is \[0.1, 0.2\]"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "whose timestep_type is 'continuous'"),
+        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "whose prediction_type is 'flow_pr"),
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler whose beta_schedule is None, of which only linear, scaled_"),
+        (FLOW(shift=3.0, use_dynamic_shifting=True), "whose use_dynamic_shifting is True"),
+        (FLOW(num_train_timesteps=500), "whose num_train_timesteps is 500, of which only 1000"),
+    ],
+)
+@pytest.mark.parametrize("place", ["scheduler", "."])
+def test_a_scheduler_that_no_process_here_has_is_refused_by_name(scheduler, message, place, tmp_path):
+    theirs(layers_per_block=1).save_pretrained(tmp_path / "unet")
+    scheduler.save_pretrained(tmp_path / place)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load(tmp_path)
+    assert "\n" not in str(refusal.value)
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
