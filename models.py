@@ -798,6 +798,17 @@ def regroup(net: UNet, channels_per_group: int) -> UNet:
     return net.like({**net.config, "norm_groups": _common(wanted)}, net.state_dict())
 
 
+def usual_groups(channels: int) -> int:
+    """Groups for the norms of a new U-Net with so many channels at its first level: of about four, at most 32."""
+    return _groups(channels, max(4, math.ceil(channels / 32)))
+
+
+def lonely_norms(net: nn.Module) -> int:
+    """How many norms have one channel a group: instance norms, which erase each channel's mean and scale."""
+    norms = (layer for layer in net.modules() if isinstance(layer, nn.GroupNorm))
+    return sum(norm.num_groups == norm.num_channels > 1 for norm in norms)
+
+
 def _groups(width: int, channels_per_group: int) -> int:
     """Into how many groups of at least so many channels a norm of this width can be cut."""
     return next((width // k for k in range(channels_per_group, width) if width % k == 0), 1)

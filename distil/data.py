@@ -4,6 +4,7 @@ Images are decoded and resized once, into shards below `runs/cache/`, which may 
 to keep (LSUN bedroom: 596 GB) are decoded whenever they are indexed. In the network pixels are float32, -1 .. 1.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -81,7 +82,8 @@ def load(
     name: str, data: str | os.PathLike | None = None, image_size: int | None = None, split: str = "train",
     seed: int = 0, *, channels: int | None = None, cache: str | os.PathLike = CACHE,
 ) -> Images:  # fmt: skip
-    """A split of a data set of `DATASETS`; None takes its image size in pixels, and its channels: 1 gray, 3 RGB.
+    """A split of a data set of `DATASETS`; None takes its image size in pixels, and its channels: 1 gray, 3 RGB (a
+    folder: what its images are).
 
     data: where the files are; `folder` and latents need it, `digits` has none. The others take the official files,
         packed or unpacked, or any folder of images. None: `ROOT`, to which celeba and cifar10 are downloaded.
@@ -96,7 +98,7 @@ def load(
     read, default_size, default_channels = DATASETS[name]
     size = default_size if image_size is None else image_size
     channels = default_channels if channels is None else channels
-    if default_channels is not None and (size < 1 or channels not in (1, 3)):
+    if default_size is not None and (size < 1 or channels not in (1, 3, None)):
         raise ValueError(f"images have 1 channel or 3 at an image size of 1 or more, not {channels} at {size}")
     where = None if data is None else Path(data).resolve()
     return read(Request(name, where, size, split, seed, channels, Path(cache)))
@@ -127,6 +129,7 @@ def _folder(ask: Request, wanted: Sequence[str] = ()) -> Images:
     if ask.split == "test":
         raise ValueError("a folder has no test split: keep held-out images in a folder of their own and load that one")
     names = image_files(ask.data, wanted)
+    ask = ask._replace(channels=ask.channels or (1 if are_gray(ask.data, names) else 3))
     if ask.name != "folder":
         missing = f"no {' or '.join(wanted)} in {ask.data}"
         machine.note(f"{ask.name}: {missing}, so its {len(names):,} images are taken as a plain folder")
@@ -275,7 +278,7 @@ def _one_per_file(ask: Request) -> Images:
 
 DATASETS = {  # name: (what loads it, default image size, default channels); None: what the files say
     "digits": (_digits, 8, 1),
-    "folder": (_folder, 64, 3),
+    "folder": (_folder, 64, None),
     "celeba": (_celeba, 64, 3),
     "lsun_bedroom": (partial(_lsun, "bedroom"), 256, 3),
     "lsun_church": (partial(_lsun, "church_outdoor"), 256, 3),
@@ -335,6 +338,17 @@ def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
     if not files:
         raise ValueError(f"no images in {folder} or below it; looked for {', '.join([*wanted, *SUFFIXES])}")
     return sorted(files)
+
+
+def are_gray(folder: Path, names: list[str]) -> bool:
+    """Whether the images are gray: of at most 64, evenly spaced, all that can be read."""
+    from PIL import Image
+
+    modes = set()
+    for name in names[:: math.ceil(len(names) / 64)]:
+        with contextlib.suppress(OSError), Image.open(folder / name) as image:
+            modes.add(image.mode)
+    return bool(modes) and modes <= {"1", "L", "LA", "I", "I;16", "F"}
 
 
 def folder_labels(files: list[str]) -> list[int] | None:

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import models
 from distil import data, importance, teachers, text_to_image
 from distil.fast_loss import place
-from distil.machine import find_device, hash_seed, on_device, rank_0_first, rank_and_world, say
+from distil.machine import find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
 from distil.process import Process, make_process, process_of
 from distil.settings import EVALUATION, FREE, SD_STUDENTS, Settings, flag, plain, preset
 from distil.students import autocast
@@ -145,7 +146,9 @@ def check_machine(settings: Settings) -> None:
 def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
     """The images to train on, and those that are held out where there are such."""
     with rank_0_first():  # it downloads and decodes; the others find the result
-        images = data.load(settings.dataset, settings.data, image_size=settings.image_size)
+        given = settings.dataset == "folder" and settings.teacher != "train"
+        channels = 3 if given else None  # a teacher of our own may be gray
+        images = data.load(settings.dataset, settings.data, image_size=settings.image_size, channels=channels)
     n = len(images.images)
     if settings.eval_samples and n < 6:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
@@ -214,6 +217,9 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
     """ValueError where the students that the settings ask for cannot be made."""
     with torch.device("meta"):
         source = teacher or new_network(settings, images)
+    if lonely := models.lonely_norms(source):
+        remedy = "train one with fewer, --teacher-norm-groups" if teacher is None else "prefer one with fewer groups"
+        note(f"WARNING: {lonely} norms of the teacher have one channel a group and erase its mean and scale: {remedy}")
     if source.pruning == "stages" and settings.student is None:
         raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
     if student is not None and len(student.blocks) > len(source.blocks):
@@ -335,8 +341,25 @@ NEW: dict[str, Callable] = {"unet": new_unet, "dit": new_dit}  # --arch of which
 
 def new_network(settings: Settings, images: data.Images) -> Network:
     """The untrained teacher of a data set."""
-    config = preset(settings.dataset, settings.prune, settings.arch)["network"]
-    return NEW[settings.arch](settings, images, config)
+    return NEW[settings.arch](settings, images, network_config(settings))
+
+
+def network_config(settings: Settings) -> dict[str, Any]:
+    """How a new teacher is built, beside its width: as its preset says, and a U-Net as its width and size allow.
+
+    As many of its levels as halve the image size without rest; groups of about four channels, where the preset says
+    nothing (32 groups of the published 128 channels). ValueError for a size that cannot be halved.
+    """
+    config, size = dict(preset(settings.dataset, settings.prune, settings.arch)["network"]), settings.image_size
+    if "channel_mults" not in config:
+        return config
+    fit = next((n for n in range(len(config["channel_mults"]), 1, -1) if size % 2 ** (n - 1) == 0), 0)
+    config["channel_mults"] = settings.channel_mults or config["channel_mults"][:fit]
+    if not config["channel_mults"]:
+        remedy = f"use --image-size {size - size % 8 or 8}, or one level with --channel-mults 1"
+        raise ValueError(f"--image-size {size} cannot be halved, which a U-Net does between its levels: {remedy}")
+    groups = settings.teacher_norm_groups or config.get("norm_groups") or models.usual_groups(settings.channels)
+    return config | ({} if groups == 32 else {"norm_groups": groups})
 
 
 def teacher_settings(settings: Settings) -> Settings:
@@ -346,8 +369,9 @@ def teacher_settings(settings: Settings) -> Settings:
     own = {name: getattr(settings, name) for name in shared} | {"steps": settings.teacher_steps}
     own |= {"lr": settings.teacher_lr, "prune": 0.0, "kd": ("none",), "seeds": (settings.seed,), "eval_samples": 0}
     own |= {"lambda_diff": 1.0}
-    network = preset(settings.dataset, settings.prune, settings.arch)["network"]
-    key = hashlib.sha256(json.dumps([own, network]).encode()).hexdigest()[:8]
+    given = {name: getattr(settings, name) for name in ("channel_mults", "teacher_norm_groups")}
+    own |= {name: value for name, value in given.items() if value is not None}
+    key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
 
@@ -373,7 +397,13 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
         timesteps = range(0, process.steps, max(1, process.steps // settings.steps))
         batch = first_batch(run, teacher, process)
         importance.accumulate_gradients(teacher, process, batch.x0, batch.noise, settings.taylor_threshold, timesteps)
-    return prune_channels(teacher, settings.prune, importance_of, settings.norm_groups, seed=seed)
+    net = prune_channels(teacher, settings.prune, importance_of, settings.norm_groups, seed=seed)
+    left = sum(p.numel() for p in net.parameters()) / sum(p.numel() for p in teacher.parameters())
+    if run.checkpoint is None and abs(1 - math.sqrt(left) - settings.prune) > 0.1:
+        why = "no norm loses a group: a teacher with fewer of them (--teacher-norm-groups) loses more"
+        note(f"WARNING: --prune {settings.prune:g} leaves {left:.0%} of the parameters instead of about "
+             f"{(1 - settings.prune) ** 2:.0%}, for {why}")  # fmt: skip
+    return net
 
 
 def of_stages(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:

@@ -216,6 +216,10 @@ class Settings:
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
     channels: int | None = option(None, "its width at the first level, or dit: of a token", int, low=1)
+    channel_mults: tuple[int, ...] | None = option(
+        None, "unet: its widths at all levels in multiples of that, as 1,2,2", numbers, low=1
+    )
+    teacher_norm_groups: int | None = option(None, "unet: groups of its norms; of about 4 channels", int, low=1)
     process: str | None = option(None, "of time: what is predicted, noise, v or velocity", choices=tuple(PROCESSES))
     steps: int | None = option(None, "distillation steps", int, low=1)
     batch_size: int | None = option(None, "images per step, over all processes", int, low=1)
@@ -312,6 +316,8 @@ class Settings:
             raise ValueError(f"--head is for --arch unet and dit: {self.arch} takes none")
         if self.keep is not None and arch.pruning != "blocks":
             raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
+        if arch.pruning == "blocks" and (self.channel_mults or self.teacher_norm_groups):
+            raise ValueError("--channel-mults and --teacher-norm-groups are of a U-Net: use --arch unet")
         drawn = ("--depth-method", self.depth_method)
         if arch.pruning == "channels":
             drawn = ("--importance", self.importance)

@@ -138,6 +138,15 @@ def test_folder_reads_every_kind_of_image(folder, read):
     assert gray.shape == (6, 1, 8, 8) and (gray[0] == 76).all()  # the luma of pure red
 
 
+@pytest.mark.parametrize(("names", "channels"), [("bf", 1), ("abf", 3), ("c", 3), ("f", 1)])
+def test_a_folder_of_gray_images_stays_gray(folder, read, names, channels):
+    """But a palette may hold colours."""
+    for file in [file for file in folder.rglob("*.*") if file.name[0] not in names and file.suffix.lower() != ".txt"]:
+        file.unlink()
+    assert read(folder).shape == (channels, 8, 8)
+    assert read(folder, channels=3).shape == (3, 8, 8)
+
+
 def test_folder_resizes_the_short_side_crops_the_centre_and_turns_photos_upright(tmp_path, read):
     root = tmp_path / "wide"
     root.mkdir()

@@ -21,12 +21,14 @@ from models import (
     correct,
     load,
     load_checkpoint,
+    lonely_norms,
     prune_channels,
     prune_depth,
     regroup,
     statistics,
     timestep_embedding,
     uniform_blocks,
+    usual_groups,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -551,6 +553,13 @@ def test_evenly_spaced_blocks():
     # the scheme that TinyFusion calls oracle
     assert uniform_blocks(28, 14) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]
     assert uniform_blocks(6, 6) == list(range(6)) and uniform_blocks(6, 1) == [0]
+
+
+def test_the_groups_of_a_new_network_follow_its_width():
+    widths = {4: 1, 6: 1, 8: 2, 10: 2, 16: 4, 32: 8, 48: 12, 64: 16, 96: 24, 128: 32, 160: 32, 256: 32, 384: 32, 7: 1}
+    assert {width: usual_groups(width) for width in widths} == widths  # 32 where the published ones have them
+    net = lean(0.9)
+    assert lonely_norms(net) > 0 == lonely_norms(regroup(net, 2)) == lonely_norms(nn.GroupNorm(1, 1))
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------

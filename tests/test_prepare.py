@@ -136,6 +136,69 @@ def test_a_teacher_is_kept_where_earlier_runs_look_for_it():
         assert teacher_settings(parse(other.split())).out != default
 
 
+def gray(size: int, channels: int = 1) -> data.Images:
+    return data.Images(np.zeros((8, channels, size, size), np.uint8), None, "folder", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mults", "groups"),
+    [
+        ("", (1, 2, 2, 2), None),  # as published: 32 of 128 channels
+        ("--channels 32", (1, 2, 2, 2), 8),
+        ("--channels 32 --image-size 28", (1, 2, 2), 8),
+        ("--channels 20 --image-size 16 --channel-mults 1,2", (1, 2), 5),
+        ("--channels 32 --teacher-norm-groups 4 --image-size 30", (1, 2), 4),
+        ("--channels 8 --image-size 33 --channel-mults 1", (1,), 2),
+        ("--dataset celeba --teacher train --channels 64", (1, 2, 2, 2, 4), 16),
+        ("--dataset digits --channels 32 --data", (1, 2), 8),  # which says so itself
+    ],
+)
+def test_a_network_of_our_own_fits_its_width_and_its_images(arguments, mults, groups):
+    where = [] if "digits" in arguments else ["--data", "x"]
+    settings = parse([*arguments.removesuffix(" --data").split(), *where])
+    config = prepare.network_config(settings)
+    assert (tuple(config["channel_mults"]), config.get("norm_groups")) == (mults, groups)
+    with torch.device("meta"):
+        net = prepare.new_network(settings, gray(settings.image_size))
+    assert net.shape == (1, settings.image_size, settings.image_size)
+    assert {norm.num_groups for norm in net.norms().values()} == {groups or 32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--image-size 33", "--image-size 33 cannot be halved, .*: use --image-size 32, or one level with"),
+        ("--image-size 28 --channel-mults 1,2,2,2", "image_size 28 cannot be halved 3 times"),
+        ("--channels 20 --teacher-norm-groups 8", "cannot be split into 8 groups"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(arguments, message):
+    settings = parse(["--data", "x", *arguments.split()])
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        prepare.new_network(settings, gray(settings.image_size))
+
+
+def test_another_shape_or_other_groups_are_another_teacher():
+    others = ("", "--channels 32", "--channel-mults 1,2", "--teacher-norm-groups 8", "--teacher-norm-groups 16")
+    own = [teacher_settings(parse(["--data", "x", *more.split()])) for more in others]
+    assert len({settings.out for settings in own}) == 5
+    assert prepare.network_config(own[2])["channel_mults"] == (1, 2) and own[3].teacher_norm_groups == 8
+
+
+def test_a_teacher_of_norms_of_one_channel_and_little_pruning_are_said(capsys, monkeypatch):
+    settings = Settings(channels=8, prune=0.9, importance="random")
+    prepare.check_students(settings, data.load("digits"), None, None)
+    assert "6 norms of the teacher have one channel a group" in capsys.readouterr().err
+    run = a_run(settings, data.load("digits"))
+    prepare.of_channels(run, a_unet(), DDPM(), None, 0)
+    err = capsys.readouterr().err
+    assert "--prune 0.9 leaves 8% of the parameters instead of about 1%, for no norm loses a group" in err
+    torch.manual_seed(0)
+    prepare.of_channels(run, UNet(8, 1, channels=32, channel_mults=(1, 2), norm_groups=4), DDPM(), None, 0)
+    prepare.check_students(Settings(), data.load("digits"), None, None)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flow", [True, False])
 def test_a_flow_predicts_no_variance(flow):
     settings = Settings(arch="dit", process="flow" if flow else "ddpm")

@@ -586,6 +586,7 @@ REFUSED = [
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
     ("--head neck", "--head neck", "choose from statistics"),
     ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit", "sd"),
+    ("--arch dit --channel-mults 1,2", "--channel-mults", "--arch unet"),
     ("--group-size 7", "7", "64", "2, 4, 8, 16, 32, 64"),
     ("--image-size 12", "8 or 16", "12"),
     ("--device cuda:99", "--device cuda:99", "cpu"),
