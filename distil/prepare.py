@@ -359,7 +359,7 @@ def network_config(settings: Settings) -> dict[str, Any]:
         remedy = f"use --image-size {size - size % 8 or 8}, or one level with --channel-mults 1"
         raise ValueError(f"--image-size {size} cannot be halved, which a U-Net does between its levels: {remedy}")
     groups = settings.teacher_norm_groups or config.get("norm_groups") or models.usual_groups(settings.channels)
-    return config | ({} if groups == 32 else {"norm_groups": groups})
+    return config if groups == config.get("norm_groups", 32) else config | {"norm_groups": groups}
 
 
 def teacher_settings(settings: Settings) -> Settings:
