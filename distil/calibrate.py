@@ -17,23 +17,18 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
-from distil import data, machine, prepare, teachers
-from distil.process import Process, process_of, split
-from distil.settings import Parser, Settings, restored
+from distil import machine, teachers
+from distil.process import Process, split
 from models import Network, correct, statistics
 
 FILE = "calibration.safetensors"  # beside the weights of a student
@@ -195,112 +190,22 @@ def equations(x_t: Tensor, e_s: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-class Case(NamedTuple):
-    """What students are held against."""
-
-    teacher: Network
-    x0: Tensor  # (N, C, H, W), the images to fit on
-    cond: dict[str, Tensor]  # what networks are told of these, (N, ...) each
-    real: data.Images  # the images to compare samples with
-    digits: bool  # whether these are digits
-
-
-def open_case(folder: Path, student: Network, teacher: str | None, images: str | None, n: int = 300) -> Case:
-    """The teacher and images of the run that `folder` is or lies in, or those that are given; n of them to fit on: held
-    out ones where there are such, else some of the others.
-
-    images: a name of `data.DATASETS`, or a folder. ValueError, OSError: what is missing, or does not fit the student.
-    """
-    settings = run_settings(folder)
-    if settings is None and None in (teacher, images):
-        raise ValueError(f"{folder} belongs to no run: give --teacher, a network, and --images, a folder or digits")
-    if images is None:
-        dataset, (real, held_out) = settings.dataset, prepare.open_data(settings)
-    else:
-        dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
-        channels, size, _ = student.shape
-        read = partial(data.load, dataset, where, size, channels=channels)
-        real, held_out = read(), read("test") if where is None else None
-    net = teachers.load(teacher) if teacher else prepare.open_teacher(settings, real)[0]
-    if net is None:
-        raise ValueError(f"the teacher of {folder} is not kept here: name it with --teacher")
-    for one in (student, net):
-        one.fit(real.shape, real.no_condition)
-    source = held_out or real
-    rows = np.linspace(0, len(source.images) - 1, min(n, len(source.images))).round().astype(int)
-    pixels, known = torch.from_numpy(source.images[rows]), source.conditions(rows)
-    x0 = data.to_float(pixels) if pixels.dtype == torch.uint8 else pixels[:, 0]  # of latents, those not mirrored
-    return Case(net.eval(), x0, {key: known[key] for key in net.conditions}, real, dataset == "digits")
-
-
-def run_settings(folder: Path) -> Settings | None:
-    """The settings of the run that `folder` is, or in whose student/ it lies; None for another folder."""
-    for place in (folder, *folder.resolve().parents[:2]):
-        if (place / "config.json").is_file():
-            config = json.loads((place / "config.json").read_text("utf-8"))
-            if "kd" in config:  # the others are of networks
-                return restored(config)
-    return None
-
-
-def before_and_after(
-    teacher: Network, of_teacher: Process, students: dict[str, Network], calibrations: Iterable[Calibration],
-    case: Case, count: int, sampler: dict[str, Any],
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:  # fmt: skip
-    """Rows for `report.table`, and the samples: the teacher, and each student as it is and calibrated, from the same
-    noise. sampler: arguments of `sample.sample`."""
-    from distil import metrics, sample
-
-    real = case.real.images[:50_000]
-    if sampler["vae"] is not None:
-        real = sample.decoded(sampler["vae"], case.real, count)
-    classifier = metrics.digit_classifier(real.shape[2]) if case.digits else None
-    rows, samples = [], {}
-
-    def add(name: str, net: Network, process: Process, **about: Any) -> None:
-        changed = sampler | {"net": net, "process": process, "label": f"sampling {name}"}
-        samples[name] = sample.sample(n=count, **changed)  # (n, C, H, W)
-        scores = metrics.score(samples[name], samples["teacher"], real, classifier, sampler["cond"].get("y"))
-        rows.append({"parameters": metrics.parameters(net), **about, **scores})
-
-    add("teacher", teacher, of_teacher, method="teacher")
-    for (name, net), calibration in zip(students.items(), calibrations, strict=True):
-        method, _, seed = name.rpartition("-")  # of a run's student, which train.py calls so
-        for kind, one in (("", net), (", calibrated", Calibrated(net, calibration))):
-            add(f"{name}{kind}", one, sampler["process"], method=f"{method or name}{kind}", seed=seed)
-    return rows, samples
-
-
 def main(argv: list[str] | None = None) -> int:
-    from distil import report, sample
+    from distil import doctor, report
 
-    parser = Parser("distil.calibrate", __doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of a saved network")
-    parser.add_argument("--images", help="to fit on and to compare with: a folder, or digits [the run's]")
-    parser.add_options(sample.Flags)
-    flags, given = parser.read(argv, sample.Flags, "run", "images")
-    run, device = given["run"], machine.find_device(flags.device)
-    with machine.refusing("distil.calibrate"):
-        num = flags.num or (None if flags.prompts else 300)
-        job = sample.prepare([run], replace(flags, no_calibration=True, num=num))
-        folders = sample.find_networks([run])
-        students = {folder.name: job.nets[name].to(device).eval() for name, folder in folders.items()}
-        first = next(iter(students.values()))
-        case = open_case(run, first, flags.teacher, given["images"])
-    flags, sampler = sample.sampler_of([run], flags), job.arguments[next(iter(folders))]
-    teacher = case.teacher.to(device)
-    own, theirs = process_of(teacher, flags.process, flags.spacing, flags.clip_x0), sampler["process"]
-    calibrations = fit_calibrations(
-        list(students.values()), teacher, own if own.steps == theirs.steps else own.fold(first.process["fold"]),
-        case.x0.to(device), theirs.timesteps(sampler["steps"]), {k: x.to(device) for k, x in case.cond.items()},
-        progress=partial(tqdm, desc="fitting", unit="timestep", leave=False),
-    )  # fmt: skip
-    for folder, calibration in zip(folders.values(), calibrations, strict=True):
-        calibration.save(folder)
-    rows, samples = before_and_after(teacher, own, students, calibrations, case, job.count, sampler)
+    parser = doctor.parser("distil.calibrate", __doc__, "folder of a run, or of a saved network")
+    case, flags = doctor.read(parser, argv, num=300)
+    calibrations = case.fit()
+    ways = []
+    for name, calibration in calibrations.items():
+        calibration.save(case.folders[name])
+        method, _, seed = name.rpartition("-")  # as train.py calls students of a run
+        for kind, net in (("", case.students[name]), (", calibrated", Calibrated(case.students[name], calibration))):
+            ways.append(doctor.Way(f"{name}{kind}", net, {"method": f"{method or name}{kind}", "seed": seed}))
+    rows, samples = case.compare(ways)
     picture = Path(flags.out) / "calibration.png"
     report.grid(picture, samples)
-    about = f"{sampler['steps']} timesteps fitted on {len(case.x0)} images; {job.count} samples each"
+    about = f"{len(calibration.times)} timesteps fitted on {len(case.x0)} images; {case.count} samples each"
     print(f"{report.table(rows)}\n\n{about}\n{FILE} lies beside the weights of each student; pictures: {picture}")
     return 0
 

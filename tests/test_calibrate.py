@@ -14,7 +14,8 @@ from torch import nn
 
 import train
 from distil import calibrate, data, evaluate, machine, metrics, sample
-from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration, open_case
+from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration
+from distil.doctor import open_case
 from distil.process import DDPM, Guided, RectifiedFlow, process_of
 from distil.settings import parse
 from models import DiT, Network, UNet, correct, statistics
@@ -258,7 +259,7 @@ def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypat
     assert "3 timesteps fitted on 297 images; 12 samples each" in table
     assert Path("shown/calibration.png").is_file()
     nets = [calibrate.load(f"runs/tiny/student/{name}-0") for name in ("none", "place")]
-    teacher = open_case(Path("runs/tiny"), nets[0], None, None).teacher
+    teacher = open_case(Path("runs/tiny"), sample.Flags()).teacher
     x0 = data.to_float(data.load("digits", split="test").images[:40])
     for net in nets:  # nearer to the teacher at every timestep that the sampler visits
         for t in net.head.times.tolist():
@@ -284,7 +285,7 @@ def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypat
 
 def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    inside = open_case(Path("runs/tiny/student/none-0"), unet(), None, None, n=10)
+    inside = open_case(Path("runs/tiny/student/none-0"), sample.Flags(), n=10)
     assert inside.x0.shape == (10, 1, 8, 8) and inside.digits and len(inside.real.images) == 1500
     rows = np.linspace(0, 296, 10).round().astype(int)
     assert torch.equal(inside.x0, data.to_float(data.load("digits", split="test").images[rows]))

@@ -1,0 +1,234 @@
+"""What is wrong with a student, and what to do about it.
+
+    python -m distil.doctor RUN                                         every student of a run; or the folder of one
+    python -m distil.doctor FOLDER --teacher TEACHER --images DIR       folders of saved networks, diffusers' too
+
+Prints how many of its norms have one channel a group; at several timesteps, how much of its distance to the teacher a
+line for each image and channel explains; what the sampler makes of the first error; what each remedy gains on a few
+samples; and one line of advice. Writes nothing.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distil import calibrate, data, machine, metrics, prepare, report, sample, teachers
+from distil.calibrate import Calibrated, Calibration
+from distil.process import Process, process_of, split
+from distil.settings import Parser, Settings, restored
+from lift_place import lift
+from models import Network
+
+# ---- Students beside their teacher -----------------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """One row of a comparison."""
+
+    name: str
+    net: Network
+    about: dict[str, Any]  # method and seed, as `report.table` takes them
+    process: Process | None = None  # None: the students' own
+
+
+class Case(NamedTuple):
+    """Students, their teacher, and what they are compared on."""
+
+    students: dict[str, Network]
+    folders: dict[str, Path]  # theirs
+    teacher: Network
+    own: Process  # of the teacher
+    process: Process  # of the students, whose `phi` gives times of the teacher
+    clamped: Process  # the same, with an image clamped at every step; where there is no such, without
+    x0: Tensor  # (N, C, H, W), images to fit on
+    cond: dict[str, Tensor]  # what networks are told of these, (N, ...) each
+    real: data.Images  # to compare samples with
+    digits: bool  # whether these are digits
+    count: int  # samples of each network
+    sampler: dict[str, Any]  # arguments of `sample.sample`
+
+    @property
+    def times(self) -> list[float]:
+        return self.sampler["process"].timesteps(self.sampler["steps"])
+
+    def fit(self, times: Sequence[float] | None = None) -> dict[str, Calibration]:
+        """The calibration of each student, at the sampler's times or at these."""
+        progress = partial(tqdm, desc="fitting", unit="timestep", leave=False)
+        given = list(self.students.values()), self.teacher, self.process, self.x0, times or self.times, self.cond
+        found = calibrate.fit_calibrations(*given, progress=progress)
+        return dict(zip(self.students, found, strict=True))
+
+    def compare(self, ways: Iterable[Way]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Rows for `report.table` and samples (n, C, H, W), of the teacher and each way, all from the same noise."""
+        real, vae = self.real.images[:50_000], self.sampler["vae"]
+        if vae is not None:
+            real = sample.decoded(vae, self.real, self.count)
+        classifier = metrics.digit_classifier(real.shape[2]) if self.digits else None
+        labels = sample.classes_in_turn(self.teacher, self.count).get("y")
+        rows, samples = [], {}
+        for name, net, about, process in [Way("teacher", self.teacher, {"method": "teacher"}, self.own), *ways]:
+            changes = {"net": net, "process": process or self.sampler["process"], "label": f"sampling {name}"}
+            samples[name] = sample.sample(n=self.count, **{**self.sampler, **changes})
+            scores = metrics.score(samples[name], samples["teacher"], real, classifier, labels)
+            rows.append({**about, "parameters": metrics.parameters(net), **scores})
+        return rows, samples
+
+
+def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int = 300) -> Case:
+    """The students of a run, or the network in a folder, with the teacher and the images of the run that it belongs to
+    or those that are given. n images to fit on: held out ones where there are such, else some of the others.
+
+    images: a name of `data.DATASETS`, or a folder. ValueError, OSError: what is missing, or does not fit.
+    """
+    job, folders = sample.prepare([run], replace(flags, no_calibration=True)), sample.find_networks([run])
+    settings, device = run_settings(run), machine.find_device(flags.device)
+    if settings is None and None in (flags.teacher, images):
+        raise ValueError(f"{run} belongs to no run: give --teacher, a network, and --images, a folder or digits")
+    students = {folder.name: job.nets[name].to(device).eval() for name, folder in folders.items()}
+    first, sampler = next(iter(students.values())), job.arguments[next(iter(folders))]
+    if images is None:
+        dataset, (real, held_out) = settings.dataset, prepare.open_data(settings)
+    else:
+        dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
+        read = partial(data.load, dataset, where, first.shape[1], channels=first.shape[0])
+        real, held_out = read(), read("test") if where is None else None
+    teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real)[0]
+    if teacher is None:
+        raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
+    for net in (first, teacher):
+        net.fit(real.shape, real.no_condition)
+    flags = sample.sampler_of([run], flags)
+    own = process_of(teacher.to(device).eval(), flags.process, flags.spacing, flags.clip_x0)
+    clamped = process_of(first, flags.process, flags.spacing, clip_x0=True)
+    process = own if own.steps == clamped.steps else own.fold(first.process["fold"])
+    source = held_out or real
+    rows = np.linspace(0, len(source.images) - 1, min(n, len(source.images))).round().astype(int)
+    pixels, known = torch.from_numpy(source.images[rows]), source.conditions(rows)
+    x0 = data.to_float(pixels) if pixels.dtype == torch.uint8 else pixels[:, 0]  # of latents, those not mirrored
+    cond = {key: known[key].to(device) for key in teacher.conditions}
+    folders = {folder.name: folder for folder in folders.values()}
+    return Case(students, folders, teacher, own, process, clamped, x0.to(device), cond, real, dataset == "digits",
+                job.count, sampler)  # fmt: skip
+
+
+def run_settings(folder: Path) -> Settings | None:
+    """The settings of the run that `folder` is, or in whose student/ it lies; None for another folder."""
+    for place in (folder, *folder.resolve().parents[:2]):
+        if (place / "config.json").is_file():
+            config = json.loads((place / "config.json").read_text("utf-8"))
+            if "kd" in config:  # the others are of networks
+                return restored(config)
+    return None
+
+
+# ---- What is wrong ---------------------------------------------------------------------------------------------------
+
+
+def instance_norms(net: nn.Module) -> tuple[int, int]:
+    """How many of its group norms have one channel a group, and how many there are."""
+    norms = [layer for layer in net.modules() if isinstance(layer, nn.GroupNorm)]
+    return sum(layer.num_groups == layer.num_channels for layer in norms), len(norms)
+
+
+def first_gain(process: Process, t: float) -> float:
+    """By how much the error of the first output is larger in the image that is predicted from it alone."""
+    x = torch.zeros(1, 1, 1, 1)
+    said, other = (process.step(x, output, t, process.clean) for output in (x, x + 1e-3))
+    return (other - said).abs().item() * 1e3
+
+
+@torch.no_grad()
+def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> list[list[str]]:
+    """A row for each of these timesteps: t, the mean squared distance of the outputs, its share that a line for each
+    image and channel explains, and the means of |b0| and |b1 - 1|."""
+    x0, cond = case.x0[:n], {key: value[:n] for key, value in case.cond.items()}
+    noise, rows = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0), []
+    for t in times:
+        now = torch.full(x0.shape[:1], t, device=x0.device)
+        x_t = case.process.add_noise(x0, noise, now)
+        e_s = split(student(x_t, now, cond), x0.shape[1])[0]
+        e_t = split(case.teacher(x_t, case.process.phi(now), cond), x0.shape[1])[0]
+        parts, total = lift(e_s, e_t), (e_t - e_s).square().mean()
+        share = 1 - parts.fine / total.clamp(min=1e-12)
+        sizes = total, share, parts.b0.abs().mean(), (parts.b1 - 1).abs().mean()
+        rows.append([f"{t:.0f}", *(f"{value.item():.3f}" for value in sizes)])
+    return rows
+
+
+# ---- What helps ------------------------------------------------------------------------------------------------------
+
+REMEDIES = {  # what a student is sampled with, and how a user gets that
+    "as it is": "nothing",
+    "clamped": "sample it with --clip-x0",
+    "calibrated": "python -m distil.calibrate {run}",
+    "calibrated, clamped": "python -m distil.calibrate {run}, then sample it with --clip-x0",
+}
+
+
+def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
+    """The student with each of `REMEDIES`; without clamping where its process, or what its samples are, has none."""
+    net, process = case.students[name], case.sampler["process"]
+    nets = {"as it is": net, "calibrated": Calibrated(net, calibration)}
+    ways = [Way(remedy, one, {"method": remedy}) for remedy, one in nets.items()]
+    if case.sampler["vae"] is None and case.clamped.sampler != process.sampler:
+        names = {"as it is": "clamped", "calibrated": "calibrated, clamped"}
+        ways += [Way(names[way.name], way.net, {"method": names[way.name]}, case.clamped) for way in ways]
+    return ways
+
+
+def advice(run: Path, distances: dict[str, float], crowded: int) -> str:
+    """One line: the remedy after which samples are nearest to the teacher's, if it is worth the trouble."""
+    best, before = min(distances, key=distances.get), distances["as it is"]
+    if before <= 1.25 * distances[best]:
+        return "advice: nothing; no remedy here brings it much nearer to its teacher"
+    gain = f"its samples' distance to the teacher's falls from {before:.3g} to {distances[best]:.3g}"
+    cause = ""
+    if crowded:
+        cause = "; the cause are norms: train on with train.py --student ... --norm-groups scale, or --head statistics"
+    return f"advice: {REMEDIES[best].format(run=run)}: {gain}{cause}"
+
+
+def parser(program: str, description: str, about: str) -> Parser:
+    """That of a command that takes students and what they are held against."""
+    made = Parser(program, description)
+    made.add_argument("run", metavar="RUN", type=Path, help=about)
+    made.add_argument("--images", help="to fit on and to compare with: a folder, or digits [the run's]")
+    made.add_options(sample.Flags)
+    return made
+
+
+def read(made: Parser, argv: list[str] | None, num: int) -> tuple[Case, sample.Flags]:
+    """The case that a command line describes, num samples unless it says otherwise; exit code 2 if there is none."""
+    flags, given = made.read(argv, sample.Flags, "run", "images")
+    flags = replace(flags, num=flags.num or (None if flags.prompts else num))
+    with machine.refusing(made.prog):
+        return open_case(given["run"], flags, given["images"]), flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    case, _ = read(parser("distil.doctor", __doc__, "folder of a run, or of a saved network"), argv, num=64)
+    times, calibrations = case.times, case.fit()
+    gain = first_gain(case.sampler["process"], times[0])
+    for name, net in case.students.items():
+        crowded, norms = instance_norms(net)
+        rows, _ = case.compare(remedies(name, calibrations[name], case))
+        found = lines(net, case, times[:: max(1, len(times) // 6)])
+        print(f"\n{name}: {crowded} of {norms} norms have one channel a group, which erases its mean and scale")
+        print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
+        print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
+        print(f"\n{report.table(rows)}\n")
+        print(advice(case.folders[name], {row["method"]: row["teacher_mse"] for row in rows[1:]}, crowded))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

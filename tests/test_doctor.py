@@ -1,0 +1,83 @@
+"""distil/doctor.py: what it says of students whose illness was planted."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+
+from distil import doctor
+from distil.process import DDPM, RectifiedFlow
+from models import UNet, regroup
+
+
+def unet(seed=0):
+    torch.manual_seed(seed)
+    few = {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
+    return UNet(8, in_channels=1, channels=16, **few).eval()
+
+
+@pytest.fixture(autouse=True)
+def _images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 20 * i + 20, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"images/{i}.png")
+
+
+def asked(capsys, *arguments):
+    few = ["--teacher", "teacher", "--images", "images", "--num", "12", "--sample-steps", "4"]
+    assert doctor.main([*arguments, *few]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_student_that_is_a_line_off_is_to_be_calibrated(capsys):
+    teacher = unet()
+    teacher.save("teacher")
+    student = unet()
+    student.conv_out.weight.data *= 0.5
+    student.conv_out.bias.data += 0.3
+    student.save("student")
+    out = asked(capsys, "student")
+    norms = len(teacher.norms())
+    assert f"student: 0 of {norms} norms have one channel a group" in out
+    shares = [float(line.split("|")[3]) for line in out.splitlines() if re.match(r"\| \d+ ", line)]
+    assert len(shares) == 4 and min(shares) > 0.99
+    said = out.splitlines()[-1]
+    assert said.startswith("advice: python -m distil.calibrate student") and "the cause" not in said
+    before, after = map(float, re.search(r"falls from (\S+) to (\S+)", said).groups())
+    assert after < 0.2 * before
+    assert not list(Path("student").glob("calibration*"))
+
+
+def test_a_student_that_is_its_teacher_needs_nothing(capsys):
+    net = regroup(unet(), 1)
+    net.save("teacher")
+    net.save("student")
+    out = asked(capsys, "student")
+    assert f"{len(net.norms())} of {len(net.norms())} norms have one channel a group" in out
+    assert out.splitlines()[-1] == "advice: nothing; no remedy here brings it much nearer to its teacher"
+
+
+def test_norms_of_one_channel_a_group_are_named_as_the_cause():
+    said = doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5, "calibrated": 0.1}, crowded=3)
+    assert said.startswith("advice: python -m distil.calibrate it: ") and "falls from 4 to 0.1" in said
+    assert "--norm-groups scale, or --head statistics" in said
+    assert doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5}, 0).startswith(
+        "advice: sample it with --clip-x0"
+    )
+
+
+def test_the_sampler_multiplies_the_first_error():
+    noisiest = DDPM().alpha_bar[980].item()
+    assert doctor.first_gain(DDPM(), 980) == pytest.approx(((1 - noisiest) / noisiest) ** 0.5, rel=1e-3)
+    assert doctor.first_gain(RectifiedFlow(), 1000.0) == pytest.approx(1.0)
+
+
+def test_bad_input_is_one_sentence(capsys):
+    unet().save("student")
+    assert "student belongs to no run: give --teacher" in refused(doctor.main, ["student"], capsys)
