@@ -785,17 +785,27 @@ def prune_channels(
     return net.like({**net.config, "norm_groups": _common(wanted)}, cut.state_dict())
 
 
-def regroup(net: UNet, channels_per_group: int) -> UNet:
+def regroup(net: UNet, channels_per_group: int | dict[str, int]) -> UNet:
     """An independent copy of `net` whose norms have groups of this many channels: the same weights, another function.
 
     Pruning leaves norms of one channel a group, which erase its mean and scale; wider groups keep them. The network
-    has to be trained on for a while. Where the number does not divide a width, the next larger one that does is taken.
-    ValueError for a number below 1.
+    has to be trained on for a while. {norm layer name: channels} for norms that differ, as `group_widths` gives them.
+    Where the number does not divide a width, the next larger one that does is taken. ValueError for a number below 1,
+    or for names that are not those of the norms.
     """
-    if channels_per_group < 1:
-        raise ValueError(f"channels_per_group must be at least 1, not {channels_per_group}")
-    wanted = {name: _groups(norm.num_channels, channels_per_group) for name, norm in net.norms().items()}
-    return net.like({**net.config, "norm_groups": _common(wanted)}, net.state_dict())
+    norms = net.norms()
+    wanted = channels_per_group if isinstance(channels_per_group, dict) else dict.fromkeys(norms, channels_per_group)
+    if min(wanted.values()) < 1:
+        raise ValueError(f"channels_per_group must be at least 1, not {min(wanted.values())}")
+    if wanted.keys() != norms.keys():
+        raise ValueError(f"channels_per_group must name the norms {', '.join(norms)}, not {', '.join(wanted)}")
+    groups = {name: _groups(norm.num_channels, wanted[name]) for name, norm in norms.items()}
+    return net.like({**net.config, "norm_groups": _common(groups)}, net.state_dict())
+
+
+def group_widths(net: UNet) -> dict[str, int]:
+    """{norm layer name: channels in each of its groups}."""
+    return {name: norm.num_channels // norm.num_groups for name, norm in net.norms().items()}
 
 
 def usual_groups(channels: int) -> int:

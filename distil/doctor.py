@@ -26,7 +26,7 @@ from distil.calibrate import Calibrated, Calibration
 from distil.process import Process, process_of, split
 from distil.settings import Parser, Settings, restored
 from lift_place import lift
-from models import Network
+from models import Network, lonely_norms
 
 # ---- Students beside their teacher -----------------------------------------------------------------------------------
 
@@ -133,12 +133,6 @@ def run_settings(folder: Path) -> Settings | None:
 # ---- What is wrong ---------------------------------------------------------------------------------------------------
 
 
-def instance_norms(net: nn.Module) -> tuple[int, int]:
-    """How many of its group norms have one channel a group, and how many there are."""
-    norms = [layer for layer in net.modules() if isinstance(layer, nn.GroupNorm)]
-    return sum(layer.num_groups == layer.num_channels for layer in norms), len(norms)
-
-
 def first_gain(process: Process, t: float) -> float:
     """By how much the error of the first output is larger in the image that is predicted from it alone."""
     x = torch.zeros(1, 1, 1, 1)
@@ -185,14 +179,14 @@ def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
     return ways
 
 
-def advice(run: Path, distances: dict[str, float], crowded: int) -> str:
+def advice(run: Path, distances: dict[str, float], lonely: int) -> str:
     """One line: the remedy after which samples are nearest to the teacher's, if it is worth the trouble."""
     best, before = min(distances, key=distances.get), distances["as it is"]
     if before <= 1.25 * distances[best]:
         return "advice: nothing; no remedy here brings it much nearer to its teacher"
     gain = f"its samples' distance to the teacher's falls from {before:.3g} to {distances[best]:.3g}"
     cause = ""
-    if crowded:
+    if lonely:
         cause = "; the cause are norms: train on with train.py --student ... --norm-groups scale, or --head statistics"
     return f"advice: {REMEDIES[best].format(run=run)}: {gain}{cause}"
 
@@ -219,14 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     times, calibrations = case.times, case.fit()
     gain = first_gain(case.sampler["process"], times[0])
     for name, net in case.students.items():
-        crowded, norms = instance_norms(net)
+        lonely, norms = lonely_norms(net), sum(isinstance(layer, nn.GroupNorm) for layer in net.modules())
         rows, _ = case.compare(remedies(name, calibrations[name], case))
         found = lines(net, case, times[:: max(1, len(times) // 6)])
-        print(f"\n{name}: {crowded} of {norms} norms have one channel a group, which erases its mean and scale")
+        print(f"\n{name}: {lonely} of {norms} norms have one channel a group, which erases its mean and scale")
         print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
         print(f"\n{report.table(rows)}\n")
-        print(advice(case.folders[name], {row["method"]: row["teacher_mse"] for row in rows[1:]}, crowded))
+        print(advice(case.folders[name], {row["method"]: row["teacher_mse"] for row in rows[1:]}, lonely))
     return 0
 
 

@@ -25,7 +25,18 @@ from distil.machine import find_device, hash_seed, note, on_device, rank_0_first
 from distil.process import Process, make_process, process_of
 from distil.settings import EVALUATION, FREE, SD_STUDENTS, Settings, flag, plain, preset
 from distil.students import autocast
-from models import DiT, Network, UNet, check_blocks, load_checkpoint, prune_channels, prune_depth, uniform_blocks
+from models import (
+    DiT,
+    Network,
+    UNet,
+    check_blocks,
+    group_widths,
+    load_checkpoint,
+    prune_channels,
+    prune_depth,
+    regroup,
+    uniform_blocks,
+)
 
 
 class Batch(NamedTuple):
@@ -225,6 +236,8 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
     if student is not None and len(student.blocks) > len(source.blocks):
         more = f"{len(student.blocks)} blocks, its teacher {len(source.blocks)}"
         raise ValueError(f"--student {settings.student} has {more}: use a student with at most as many")
+    if student is not None:
+        regrouped(settings, student, source)  # refuses norms of other names
     if source.pruning != "blocks" or student is not None:
         return
     depth = len(source.blocks)
@@ -384,8 +397,15 @@ Loss = Callable[[Tensor, Batch], Tensor]  # (output of a network, batch) -> the 
 def smaller(run: Run, teacher: Network, process: Process, loss: Loss) -> list[Network]:
     """The network that the students of each seed start from: some of the teacher's channels, blocks or stages."""
     if run.student is not None:
-        return [run.student] * len(run.settings.seeds)
+        return [regrouped(run.settings, run.student, teacher)] * len(run.settings.seeds)
     return [SMALLER[teacher.pruning](run, teacher, process, loss, seed) for seed in run.settings.seeds]
+
+
+def regrouped(settings: Settings, student: Network, teacher: Network) -> Network:
+    """A student to start from, its norms with as many channels a group as the teacher's if these are to scale."""
+    if settings.norm_groups == "keep" or teacher.pruning != "channels":
+        return student
+    return regroup(student, group_widths(teacher))
 
 
 def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:

@@ -64,7 +64,7 @@ def test_a_student_that_is_its_teacher_needs_nothing(capsys):
 
 
 def test_norms_of_one_channel_a_group_are_named_as_the_cause():
-    said = doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5, "calibrated": 0.1}, crowded=3)
+    said = doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5, "calibrated": 0.1}, lonely=3)
     assert said.startswith("advice: python -m distil.calibrate it: ") and "falls from 4 to 0.1" in said
     assert "--norm-groups scale, or --head statistics" in said
     assert doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5}, 0).startswith(

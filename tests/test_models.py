@@ -19,6 +19,7 @@ from models import (
     Network,
     UNet,
     correct,
+    group_widths,
     load,
     load_checkpoint,
     lonely_norms,
@@ -516,7 +517,8 @@ def test_regroup_keeps_the_weights_and_changes_the_function(batch):
     wide = regroup(student, 3)
     assert same_weights(wide, student) and wide.process == {"fold": 5} and not wide.training
     assert {**wide.config, "norm_groups": 0} == {**student.config, "norm_groups": 0}
-    own = {name: norm.num_channels // norm.num_groups for name, norm in wide.norms().items()}
+    own = group_widths(wide)
+    assert regroup(student, own).config == wide.config
     assert own["mid.block_1.norm1"] == 3 and own["norm_out"] == 4  # of 24 and 16 channels: 3 does not divide 16
     assert not torch.allclose(wide(*batch), student(*batch), atol=1e-3)
     for norm in student.norms().values():
@@ -701,6 +703,7 @@ REFUSED = [
     (partial(PRUNE, 0.5, norm_groups="drop"), '"keep" or "scale"'),
     (partial(prune_channels, nn.Linear(1, 1), 0.5), "not a Linear"),
     (partial(regroup, ON_META, 0), "at least 1, not 0"),
+    (partial(regroup, ON_META, {"norm_out": 2}), "must name the norms down.0.block.0.norm1, .*, not norm_out"),
     *[(partial(prune_depth, A_DIT(), keep), "block") for keep in ([], [2, 1], [0, 0], [-1], [6], 0, 7)],
     (partial(ON_META.fit, (3, 8, 8)), r"takes samples of shape \(1, 8, 8\), not \(3, 8, 8\)"),
     (ON_META.recompute, "a UNet cannot recompute"),

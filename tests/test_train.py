@@ -164,6 +164,14 @@ def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothin
     assert row["teacher"]["parameters"] == row["students"][0]["parameters"] == rows[0]["parameters"]
     assert not same("next/student", "all/student/none-0") and not Path("runs/next/samples.png").exists()
 
+    # or goes on with wider norms and a head
+    wider = ["--norm-groups", "scale", "--head", "statistics"]
+    run("--student", "runs/all/student/none-0", *wider, "--steps", "1", "--eval-samples", "0", "--out", "runs/wide")
+    wide, narrow = models.load("runs/wide/student"), models.load("runs/all/student/none-0")
+    assert min(models.group_widths(narrow).values()) < min(models.group_widths(wide).values())
+    assert wide.head is not None and narrow.head is None
+    assert wide.head.mlp[2].bias.abs().max() > 0  # one step away from the identity
+
 
 def test_a_folder_of_images_is_scored_on_pixels(tmp_path, capsys):
     for i, pixels in enumerate(torch.randint(0, 256, (24, 20, 16, 3), dtype=torch.uint8, generator=torch.Generator())):
