@@ -13,6 +13,7 @@ Letters in shape comments: B batch, C channels, H W height and width, N tokens, 
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -44,6 +45,8 @@ class Network(nn.Module):
     guided_channels: int | None = None  # how many channels guidance acts on; None: all
     num_classes: int | None = None  # how many classes it knows; None: it takes none
     predicts_variance: bool = False  # its output has 2 C channels, see distil/process.py
+    levels: int = 1  # of resolution; height and width halve between them
+    last_layer: str = "conv_out"  # whose outputs are never pruned
     pruning: str = "channels"  # what makes it smaller: "channels", "blocks" or "stages"
     blocks: Sequence[nn.Module]  # equal parts, of which some may be left out; () without
     source: str | None = None  # its class, if it is a network of diffusers
@@ -67,6 +70,20 @@ class Network(nn.Module):
     def stages(self) -> list[nn.Module]:
         """The parts that run one after the other, in which FSDP gathers the weights; [] for all at once."""
         return list(self.blocks)
+
+    def left(self, root: str, layers: list[nn.Module], channels: int, ratio: float) -> tuple[int, int, int]:
+        """What `prune_channels` leaves of the channels that these `layers` share, of which `root` names one.
+
+        (groups, run, stay): of each of so many equal groups `stay` runs of `run` neighbours. This is Diff-Pruning's.
+        """
+        norms = [layer.num_groups for layer in layers if isinstance(layer, nn.GroupNorm)]
+        groups = max((g for g in norms if channels % g == 0), default=1)
+        remove = (channels - int(channels * (1 - ratio))) // groups
+        return groups, 1, max(1, channels // groups - remove)
+
+    def narrowed(self, cut: "Network", ratio: float, norm_groups: str) -> "Network":
+        """An independent network of this kind with the weights of `cut`, a copy that torch-pruning made narrower."""
+        raise NotImplementedError
 
     def keep_blocks(self, keep: list[int]) -> "Network":
         """An independent network of these `blocks`, in this order."""
@@ -299,7 +316,7 @@ class UNet(Network):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.config = config
-        levels = len(channel_mults)
+        self.levels = levels = len(channel_mults)
         if not channel_mults or min(image_size, in_channels, out_channels, num_res_blocks, *channel_mults) < 1:
             raise ValueError("image_size, in_channels, out_channels, num_res_blocks and channel_mults must be positive")
         if channels < 4:
@@ -366,6 +383,14 @@ class UNet(Network):
                 cut = f"{norm.num_channels} channels, they cannot be split into {norm.num_groups} groups"
                 raise ValueError(f"norm_groups: {name} has {cut}")
         self.config["norm_groups"] = norm_groups
+
+    def narrowed(self, cut: "UNet", ratio: float, norm_groups: str) -> "UNet":
+        wanted = {}
+        for name, norm in self.norms().items():
+            width, groups = cut.get_submodule(name).num_channels, norm.num_groups
+            kept = norm.num_channels // groups if norm_groups == "scale" else math.ceil(width / groups)
+            wanted[name] = _groups(width, kept)
+        return self.like({**self.config, "norm_groups": _common(wanted)}, cut.state_dict())
 
     @classmethod
     def empty(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "UNet":
@@ -725,8 +750,8 @@ PICKLED = (  # Diff-Pruning's files hold [network, ..., its averaged weights as 
 
 
 def prune_channels(
-    net: UNet, ratio: float, importance: str | Callable = "magnitude", norm_groups: str = "keep", seed: int = 0
-) -> UNet:
+    net: Network, ratio: float, importance: str | Callable = "magnitude", norm_groups: str = "keep", seed: int = 0
+) -> Network:
     """A smaller, independent copy of `net` in which every layer lost the share `ratio` of its channels.
 
     The rule of Diff-Pruning (arXiv 2305.10924): channels that are added to each other go together. Of C such channels
@@ -746,7 +771,7 @@ def prune_channels(
     """
     import torch_pruning as tp
 
-    if not isinstance(net, UNet):
+    if net.pruning != "channels":
         raise ValueError(f"prune_channels takes a UNet, not a {type(net).__name__}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is the share of channels to remove, in [0, 1), not {ratio}")
@@ -754,35 +779,30 @@ def prune_channels(
         raise ValueError(f'norm_groups must be "keep" or "scale", not {norm_groups!r}')
     score = _scores(net, importance, seed)
 
-    # torch-pruning cuts this copy in place; the result is then built from its weights, so that it is a plain UNet
-    cut = build(UNet, net.config, net.state_dict())
+    cut = copy.deepcopy(net).requires_grad_(True)  # torch-pruning cuts it in place; a plain network takes its weights
     for new, old in zip(cut.parameters(), net.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
     head, cut.head = cut.head, None  # it has no channels to lose
     # Which channels belong together does not depend on the image size, so trace the smallest: 2x2 pixels on the lowest
     # level (one would be too few for an instance norm). Tracing 256x256 would take 20 GiB.
-    size = 2 ** len(cut.down)
-    x = cut.conv_in.weight.new_zeros(1, cut.conv_in.in_channels, size, size)
+    x = next(cut.parameters()).new_zeros(1, net.shape[0], 2**net.levels, 2**net.levels)
+    t = torch.zeros(1, dtype=torch.long, device=x.device)
     with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(cut, {"x_t": x, "t": x.new_zeros(1)})
-    for group in graph.get_all_groups(ignored_layers=[cut.conv_out], root_module_types=[nn.Conv2d, nn.Linear]):
+        inputs = {"x_t": x, "t": t, "cond": dict.fromkeys(net.conditions, t)}
+        graph = tp.DependencyGraph().build_dependency(cut, inputs)
+    names, last = {module: name for name, module in cut.named_modules()}, [cut.get_submodule(net.last_layer)]
+    for group in graph.get_all_groups(ignored_layers=last, root_module_types=[nn.Conv2d, nn.Linear]):
         root, prune = group[0].dep.target.module, group[0].dep.handler
         channels = root.weight.shape[0]
-        norms = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.GroupNorm)]
-        g = max((norm.num_groups for norm in norms if channels % norm.num_groups == 0), default=1)
-        remove = min((channels - int(channels * (1 - ratio))) // g, channels // g - 1)  # of each group; one stays
-        if remove > 0:
-            scores = rearrange(score(group).float().cpu(), "(g n) -> g n", g=g)
-            lowest = scores.argsort(dim=1, stable=True)[:, :remove] + torch.arange(g)[:, None] * (channels // g)
-            graph.get_pruning_group(root, prune, sorted(lowest.flatten().tolist())).prune()
-
+        g, run, stay = net.left(names[root], [dep.target.module for dep, _ in group], channels, ratio)
+        n = channels // (g * run)  # runs in a group
+        if stay < n:
+            scores = rearrange(score(group).float().cpu(), "(g n r) -> g n r", g=g, r=run).sum(2)
+            lowest = scores.argsort(dim=1, stable=True)[:, : n - stay] + torch.arange(g)[:, None] * n  # (g, n - stay)
+            gone = lowest[..., None] * run + torch.arange(run)  # (g, n - stay, run)
+            graph.get_pruning_group(root, prune, sorted(gone.flatten().tolist())).prune()
     cut.head = head
-    wanted = {}
-    for name, norm in net.norms().items():
-        width = cut.get_submodule(name).num_channels
-        kept = norm.num_channels // norm.num_groups if norm_groups == "scale" else math.ceil(width / norm.num_groups)
-        wanted[name] = _groups(width, kept)
-    return net.like({**net.config, "norm_groups": _common(wanted)}, cut.state_dict())
+    return net.narrowed(cut, ratio, norm_groups)
 
 
 def regroup(net: UNet, channels_per_group: int | dict[str, int]) -> UNet:
@@ -856,7 +876,7 @@ def _scores(net: UNet, importance: str | Callable, seed: int) -> Callable[[Any],
             if weight.ndim == 1:  # of a norm
                 scores.append(value.abs()[idxs])
             else:
-                reads = dep.handler.__name__ == "prune_in_channels"
+                reads = dep.handler.__name__ == "prune_in_channels" or isinstance(dep.target.module, nn.Embedding)
                 scores.append((value.transpose(0, 1) if reads else value).square().flatten(1).sum(1)[idxs])
         return sum(score for score in scores if len(score) == len(scores[0]))
 

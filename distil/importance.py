@@ -22,7 +22,7 @@ from models import Network
 
 def accumulate_gradients(
     net: nn.Module, process: Process, x0: Tensor, noise: Tensor, thr: float = 0.0,
-    timesteps: Iterable[int] = range(1000), progress: bool = True,
+    timesteps: Iterable[int] = range(1000), progress: bool = True, cond: dict[str, Tensor] | None = None,
 ) -> int:  # fmt: skip
     """Sums the gradients of the diffusion loss over timesteps into `.grad`, for `prune_channels(..., "taylor")`.
 
@@ -43,7 +43,7 @@ def accumulate_gradients(
         with torch.enable_grad():
             for step in machine.progress_bar(timesteps, desc="importance", disable=not progress):
                 t = torch.full(x0.shape[:1], step, device=x0.device)  # (B,)
-                prediction, target = net(process.add_noise(x0, noise, t), t), process.target(x0, noise, t)
+                prediction, target = net(process.add_noise(x0, noise, t), t, cond), process.target(x0, noise, t)
                 loss = F.mse_loss(prediction.float(), target.float(), reduction="sum") / len(x0)
                 if not loss.isfinite():
                     raise ValueError(f"the loss at timestep {step} is {loss.item()}: no importance can be told from it")

@@ -233,6 +233,10 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
         note(f"WARNING: {lonely} norms of the teacher have one channel a group and erase its mean and scale: {remedy}")
     if source.pruning == "stages" and settings.student is None:
         raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
+    if (
+        source.pruning == "channels" and source.source is not None and student is None
+    ):  # not all of others can be pruned
+        prune_channels(copy.deepcopy(source).to("meta"), settings.prune, "random", settings.norm_groups)
     if student is not None and len(student.blocks) > len(source.blocks):
         more = f"{len(student.blocks)} blocks, its teacher {len(source.blocks)}"
         raise ValueError(f"--student {settings.student} has {more}: use a student with at most as many")
@@ -416,7 +420,9 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
         # all 1000 timesteps as published, but never more passes than the distillation itself makes
         timesteps = range(0, process.steps, max(1, process.steps // settings.steps))
         batch = first_batch(run, teacher, process)
-        importance.accumulate_gradients(teacher, process, batch.x0, batch.noise, settings.taylor_threshold, timesteps)
+        importance.accumulate_gradients(
+            teacher, process, batch.x0, batch.noise, settings.taylor_threshold, timesteps, cond=batch.cond
+        )
     net = prune_channels(teacher, settings.prune, importance_of, settings.norm_groups, seed=seed)
     left = sum(p.numel() for p in net.parameters()) / sum(p.numel() for p in teacher.parameters())
     if run.checkpoint is None and abs(1 - math.sqrt(left) - settings.prune) > 0.1:

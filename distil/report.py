@@ -18,7 +18,7 @@ from torch import Tensor
 from distil import data, machine
 from distil.metrics import SCORES, DigitClassifier
 from distil.settings import Settings, folded_to
-from distil.text_to_image import export_snippet
+from distil.teachers import export_snippet
 
 FLOOR = "real, held out"  # the name of the row that sets real images against real ones
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number

@@ -3,11 +3,13 @@
     teacher = load("google/ddpm-ema-bedroom-256")     # a hub id, a diffusers folder, or a folder of our own
     teacher = public_teacher("cifar10")               # the checkpoint behind the paper's Table 1, downloaded once
 
-diffusers' UNet2DModel becomes our own `UNet`, output for output, without diffusers.
+diffusers' UNet2DModel becomes our own `UNet`, output for output, without diffusers, where that has all its settings,
+and a `PixelUNet` elsewhere, which is saved as a diffusers folder again.
 """
 
 import inspect
 import json
+import math
 import os
 import re
 from http.client import HTTPException
@@ -15,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from distil import machine
 from distil.process import DDPM, RectifiedFlow
 from distil.settings import PROCESSES
-from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, first_line
+from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, Diffusers, first_line
 from models import FILES, DiT, Network, UNet, build, check_fit, read_weights
 
 INSIDE = tuple(wrapper.folder for wrapper in WRAPPERS.values())  # where the network lies in a pipeline
@@ -33,8 +35,8 @@ SCHEDULERS = (  # where its settings lie, seen from a pipeline, old or new, and 
 def load(where: str | os.PathLike) -> Network:
     """The network `where`, on the CPU, in eval mode: a folder that `net.save` or diffusers wrote, or a hub id.
 
-    UNet2DModel becomes our `UNet`, UNet2DConditionModel a `TextUNet`, SD3Transformer2DModel an `MMDiT`. A whole
-    pipeline is taken by its network, whose `process` is then that of the pipeline's scheduler.
+    UNet2DModel becomes our `UNet` or a `PixelUNet`, UNet2DConditionModel a `TextUNet`, SD3Transformer2DModel an
+    `MMDiT`. A whole pipeline is taken by its network, whose `process` is then that of the pipeline's scheduler.
     FileNotFoundError: a file is missing or cannot be fetched. ValueError: one is damaged, or describes what we do not
     have. ImportError: it needs diffusers, and that is missing.
     """
@@ -48,16 +50,22 @@ def load(where: str | os.PathLike) -> Network:
     try:
         config = json.loads((folder / "config.json").read_text())
         kind = config.get("_class_name") if isinstance(config, dict) else None
-        if kind in WRAPPERS:
-            weights = {name: weight.to(torch.float32, copy=True) for name, weight in _weights(folder).items()}
-            net = WRAPPERS[kind].of(config, weights)
-        elif kind is not None:
-            ours = _unet_config(config)
-            net = build(UNet, ours, _unet_names(_weights(folder), len(ours["channel_mults"])))
+        if kind is None:
+            return models.load(folder)
+        ours = _unet_config(config)
+        if ours is None and kind not in FOREIGN:
+            raise ValueError(f"it is a {kind}, of diffusers only {', '.join(FOREIGN)} can be read")
+        weights = _weights(folder)
+        if ours is None:
+            names = (".".join(OLD_NAMES.get(part, part) for part in name.split(".")) for name in weights)
+            state = {
+                name: weight.to(torch.float32, copy=True) for name, weight in zip(names, weights.values(), strict=True)
+            }
+            net = FOREIGN[kind].of(config, state)
+        else:
+            net = build(UNet, ours, _unet_names(weights, len(ours["channel_mults"])))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
-    if kind is None:
-        return models.load(folder)
     scheduler = next((pipeline / file for file in SCHEDULERS if (pipeline / file).is_file()), None)
     net.process = config.get("_process", {}) if scheduler is None else _process(scheduler)  # our own students say it
     return net.eval()
@@ -155,22 +163,23 @@ NAMES = (  # from diffusers' names to ddim's, one after the other; there the way
 )  # fmt: skip
 
 
-def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the `UNet` that a config.json of diffusers describes; ValueError where there is none."""
-    if config["_class_name"] != "UNet2DModel":
-        known = ", ".join(["UNet2DModel", *WRAPPERS])
-        raise ValueError(f"it is a {config['_class_name']}, of diffusers only {known} can be read")
-    for name, needed in NEEDED.items():
-        value = config.get(name, DEFAULTS.get(name, needed))
-        if value != needed:
-            raise ValueError(f"its setting {name} is {value!r}, but UNet only knows {needed!r}")
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
+
+
+def _unet_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of the `UNet` that a config.json of diffusers describes; None if there is none."""
     size, widths = config.get("sample_size"), config.get("block_out_channels")
-    if not isinstance(size, int) or not widths or any(width % widths[0] for width in widths):
-        raise ValueError(f"UNet needs a sample_size, and widths in multiples of the first, not {size}, {widths}")
     downs, ups = config.get("down_block_types", []), config.get("up_block_types")
     attends = [{"DownBlock2D": False, "AttnDownBlock2D": True}.get(kind) for kind in downs]
-    if len(downs) != len(widths) or None in attends or ups != [kind.replace("Down", "Up") for kind in downs[::-1]]:
-        raise ValueError(f"UNet needs (Attn)DownBlock2D and, mirrored, (Attn)UpBlock2D, not {downs} and {ups}")
+    fits = [
+        config["_class_name"] == "UNet2DModel",
+        all(config.get(name, DEFAULTS.get(name, needed)) == needed for name, needed in NEEDED.items()),
+        isinstance(size, int) and bool(widths) and not any(width % widths[0] for width in widths),
+        bool(widths) and len(downs) == len(widths) and None not in attends,
+        ups == [kind.replace("Down", "Up") for kind in downs[::-1]],
+    ]
+    if not all(fits):
+        return None
     return {
         "image_size": size,
         **{name: config.get(name, 3) for name in ("in_channels", "out_channels")},
@@ -193,6 +202,103 @@ def _unet_names(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
         linear = tensor.ndim == 2 and ".attn" in name  # diffusers has linear layers where ddim has 1x1 convolutions
         renamed[name] = tensor[:, :, None, None] if linear else tensor
     return renamed
+
+
+class PixelUNet(Diffusers):
+    """diffusers' UNet2DModel of any settings, as it is; cond: y (B,) where it knows classes.
+
+    Pruned it is a UNet2DModel of other settings: one width for each of the teacher's, all of them different, in whole
+    heads of attention. The lowest frequencies of its timestep thin out with the first width.
+    """
+
+    arch, source, folder, asked = "unet", "UNet2DModel", "unet", ""
+    blocks, last_layer, widths = (), "net.conv_out", {}
+
+    def __init__(self, net: nn.Module):
+        super().__init__(net)
+        if self.config["class_embed_type"] is not None:
+            raise ValueError(
+                f"its class_embed_type is {self.config['class_embed_type']!r}: use one that counts classes"
+            )
+        self.levels, self.num_classes = len(self.config["block_out_channels"]), self.config["num_class_embeds"]
+        self.conditions = () if self.num_classes is None else ("y",)
+        if isinstance(size := self.config["sample_size"], list | tuple):
+            self.shape = (self.shape[0], *size)
+
+    def fit(self, shape: tuple[int, ...], null: dict[str, Tensor] | None = None, dropout: float = 0.0) -> None:
+        if self.config["sample_size"] is None:  # made for no size: as for any
+            self.config["sample_size"] = list(shape[1:])
+            self.net.register_to_config(sample_size=list(shape[1:]))
+            self.shape = (self.shape[0], *shape[1:])
+        Network.fit(self, shape)
+
+    def stages(self) -> list[nn.Module]:
+        stages = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]
+        return [stage for stage in stages if stage is not None]
+
+    def feature_layers(self, other: Network | None = None) -> list[str]:
+        """Every residual block, in running order."""
+        names, stages = [name for name, _ in self.named_modules()], ("down_blocks", "mid_block", "up_blocks")
+        return [
+            name for stage in stages for name in names if re.fullmatch(rf"net\.{stage}\.(\d+\.)?resnets\.\d+", name)
+        ]
+
+    def widths_left(self, ratio: float) -> dict[int, int]:
+        """{width of a level: what is left of it}, whole groups and heads; in the same order, and no two alike."""
+        groups, heads, left, before = self._groups(), self.config["attention_head_dim"] or 1, {}, 0
+        for width in sorted({*self.config["block_out_channels"]}):
+            unit = next(unit for unit in (math.lcm(groups, heads), groups, 1) if width % unit == 0)
+            keep = width - (width - int(width * (1 - ratio))) // unit * unit
+            left[width] = before = max(keep, (before // unit + 1) * unit)
+        return left
+
+    def _groups(self) -> int:
+        return math.lcm(*(self.config[name] or 1 for name in GROUPS))
+
+    def left(self, root: str, layers: list[nn.Module], channels: int, ratio: float) -> tuple[int, int, int]:
+        left, first = self.widths_left(ratio), self.config["block_out_channels"][0]
+        if root.startswith(("net.time_embedding.", "net.class_embedding.")):
+            return 1, 1, channels * left[first] // first
+        run = self.config["attention_head_dim"] or 1
+        if re.search(r"\.to_[qkv]$", root):
+            return 1, run, left[channels] // run
+        groups = math.gcd(self._groups(), channels)
+        return groups, 1, left.get(channels, channels) // groups
+
+    def narrowed(self, cut: Network, ratio: float, norm_groups: str) -> "PixelUNet":
+        left, state, config = self.widths_left(ratio), cut.net.state_dict(), dict(self.config)
+        widths = config["block_out_channels"]
+        config["block_out_channels"] = [left[width] for width in widths]
+        if config["time_embedding_dim"] is not None:
+            config["time_embedding_dim"] = len(state["time_embedding.linear_1.weight"])
+        for name in GROUPS if norm_groups == "scale" else ():
+            if (groups := config[name]) is not None:  # as few as keep the channels in each
+                fit = min(groups * keep // width for width, keep in left.items())
+                config[name] = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= max(1, fit))
+        if config["time_embedding_type"] == "positional":  # the nearest of its frequencies
+            old, new, shift = widths[0] // 2, left[widths[0]] // 2, config["freq_shift"]
+            kept = [round(i * (old - shift) / max(1, new - shift)) for i in range(new)]
+            inputs = state["time_embedding.linear_1.weight"]  # (D, sines and cosines)
+            state["time_embedding.linear_1.weight"] = inputs[:, [*kept, *(old + i for i in kept)]]
+        try:
+            return self.like(config, {name: tensor.clone() for name, tensor in state.items()})
+        except ValueError as error:
+            raise ValueError(f"a {self.source} like this cannot be pruned, give it a --student: {error}") from error
+
+
+GROUPS = ("norm_num_groups", "attn_norm_num_groups")  # settings that hold numbers of groups
+FOREIGN: dict[str, type[Diffusers]] = {**WRAPPERS, PixelUNet.source: PixelUNet}
+
+
+def export_snippet(source: str, student: str, teacher: str) -> str:
+    """Markdown: how the pipeline `teacher` takes the student in a folder, a network whose `source` is that."""
+    return f"""```python
+from diffusers import DiffusionPipeline, {source}
+
+student = {source}.from_pretrained("{student}")
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", {FOREIGN[source].folder}=student)
+image = pipeline({FOREIGN[source].asked}).images[0]
+```"""
 
 
 class Public(NamedTuple):

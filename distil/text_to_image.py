@@ -27,7 +27,9 @@ from models import Network, check_fit
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 INSTALL = '-e ".[sd]"'
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # in a diffusers folder
-ARGUMENTS = {"text": "encoder_hidden_states", "pooled": "pooled_projections"}  # from our names to diffusers'
+ARGUMENTS = {  # from our names to diffusers'
+    "text": "encoder_hidden_states", "pooled": "pooled_projections", "y": "class_labels",
+}  # fmt: skip
 T5 = ("text_encoder_3", "tokenizer_3")  # in a pipeline of Stable Diffusion 3
 
 
@@ -35,6 +37,7 @@ class Diffusers(Network):
     """A network of diffusers, `net`, behind our call. It computes in the dtype of its weights, and returns x_t's."""
 
     folder: str  # where it lies in a pipeline
+    asked: str = '"a photograph of an astronaut riding a horse"'  # what its pipeline is called with
     unit: int  # height and width of a sample must be multiples of it
     largest: float = math.inf  # and not above this
     widths: dict[str, int]  # of what it reads, by the names in `conditions`
@@ -73,7 +76,8 @@ class Diffusers(Network):
             given = ", ".join(cond or ["nothing"])
             raise ValueError(f"a {self.source} needs cond with {' and '.join(self.conditions)}, but got {given}")
         dtype = next(self.net.parameters()).dtype
-        inputs = {ARGUMENTS[name]: value.to(dtype) for name, value in cond.items()}
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in (cond or {}).items()}
+        inputs = {ARGUMENTS[name]: value for name, value in inputs.items()}
         return self.net(x_t.to(dtype), timestep=t, **inputs, return_dict=False)[0].to(x_t.dtype)
 
     def fit(self, shape: tuple[int, ...], null: dict[str, Tensor] | None = None, dropout: float = 0.0) -> None:
@@ -214,17 +218,6 @@ class MMDiT(Diffusers):
 
 
 WRAPPERS: dict[str, type[Diffusers]] = {wrapper.source: wrapper for wrapper in (TextUNet, MMDiT)}
-
-
-def export_snippet(source: str, student: str, teacher: str) -> str:
-    """Markdown: how the pipeline `teacher` takes the student in a folder, a network whose `source` is that."""
-    return f"""```python
-from diffusers import DiffusionPipeline, {source}
-
-student = {source}.from_pretrained("{student}")
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", {WRAPPERS[source].folder}=student)
-image = pipeline("a photograph of an astronaut riding a horse").images[0]
-```"""
 
 
 def bk_sdm(net: Network, size: str) -> TextUNet:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from distil import teachers
 from distil.process import RectifiedFlow, process_of
+from distil.students import Tapped
 from distil.teachers import PUBLIC, load, public_teacher
 from models import UNet, load_checkpoint, prune_channels
 
@@ -199,6 +200,18 @@ def test_an_old_diffusers_folder_gives_the_same_outputs(tmp_path):
     assert agree(load(tmp_path), other)
 
 
+def test_an_old_folder_of_other_settings_gives_the_same_outputs(tmp_path):
+    other = theirs(norm_eps=1e-5)
+    names = {f".{new}.": f".{old}." for new, old in OLD_NAMES.items()}
+    state = other.state_dict()
+    for new, old in names.items():
+        state = {name.replace(new, old): tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    other.save_config(tmp_path)
+    net, x, t = load(tmp_path), torch.randn(2, 3, 16, 16), torch.tensor([3, 900])
+    assert type(net) is teachers.PixelUNet and torch.equal(call(net, x, t, None), call(other, x, t, None))
+
+
 def test_the_published_config_is_that_of_our_table():
     config = {  # of google/ddpm-cat-256, the same network as bedroom and church
         "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "center_input_sample": False,
@@ -211,25 +224,107 @@ def test_the_published_config_is_that_of_our_table():
         assert UNet(**teachers._unet_config(config)).config == UNet(**PUBLIC["lsun_church"].config).config
 
 
+TUTORIAL = {  # of diffusers' training tutorial in small: its own defaults for all that is not said
+    "sample_size": 16, "layers_per_block": 1, "block_out_channels": (16, 16, 32), "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+RESNETS = {"down_block_types": ["ResnetDownsampleBlock2D"] * 3, "up_block_types": ["ResnetUpsampleBlock2D"] * 3}
+SKIPS = {
+    "block_out_channels": (32, 32, 64),
+    "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"],
+}
+OTHERS = {
+    "tutorial": ({}, True),
+    "our widths, other eps": ({**PUBLISHED, "norm_eps": 1e-5}, True),
+    "other widths": ({"block_out_channels": (16, 24, 40)}, True),
+    "classes": ({"num_class_embeds": 5, "time_embedding_dim": 96}, True),
+    "not square": ({"sample_size": (16, 32), "mid_block_type": None}, True),
+    "any size": ({"sample_size": None, "attn_norm_num_groups": 8}, True),
+    "other blocks": (RESNETS, True),
+    "skips": (SKIPS, False),
+    "scale and shift": ({"resnet_time_scale_shift": "scale_shift"}, False),
+    "learned times": ({"time_embedding_type": "learned", "num_train_timesteps": 1000}, False),
+}
+
+
+def call(net, x, t, y):
+    with torch.no_grad():
+        if isinstance(net, teachers.PixelUNet):
+            return net(x, t, {"y": y} if net.conditions else None)
+        return net(x, t, **({"class_labels": y} if net.class_embedding is not None else {})).sample
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_unet_of_any_settings_is_a_teacher_and_pruned_it_is_one_of_diffusers_again(name, tmp_path):
+    change, prunable = OTHERS[name]
+    other = theirs(**{**inspected(PUBLISHED), "dropout": 0.0, **TUTORIAL, **change})
+    other.save_pretrained(tmp_path / "unet")
+    net = load(tmp_path)
+    assert type(net) is teachers.PixelUNet and net.arch == "unet" and not net.training
+    net.fit((3, 16, 32) if name == "not square" else (3, 16, 16))
+    x, t, y = torch.randn(2, *net.shape), torch.tensor([3, 900]), torch.tensor([0, 4])
+    assert torch.equal(call(net, x, t, y), call(other, x, t, y))
+    assert [feature.ndim for feature in Tapped(net)(x, t, {"y": y} if net.conditions else None)[1]] == [4] * (
+        9 if net.config["mid_block_type"] is None else 11
+    )
+    if not prunable:
+        with pytest.raises(ValueError, match="a UNet2DModel like this cannot be pruned, give it a --student: "):
+            prune_channels(net, 0.5)
+        return
+    assert torch.equal(call(prune_channels(net, 0.0), x, t, y), call(other, x, t, y))
+    for ratio, groups in ((0.5, "keep"), (0.5, "scale"), (0.9, "keep")):
+        small = prune_channels(net, ratio, "random", groups)
+        small.process = {"name": "ddpm", "schedule": "cosine"}
+        small.save(tmp_path / "small")
+        again = diffusers.UNet2DModel.from_pretrained(tmp_path / "small").eval()
+        assert torch.equal(call(again, x, t, y), call(small, x, t, y)) and again.config.sample_size is not None
+        assert load(tmp_path / "small").process == small.process and load(tmp_path / "small").shape == net.shape
+        widths, head = again.config.block_out_channels, again.config.attention_head_dim or 1
+        assert len({*widths}) == len({*other.config.block_out_channels}) and widths[1] % head == 0
+        assert again.config.norm_num_groups == (2 if groups == "scale" else 4)
+        share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in net.parameters())
+        assert share < 0.55
+
+
+def inspected(names) -> dict:
+    """diffusers' own defaults."""
+    arguments = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    return {name: arguments[name].default for name in names}
+
+
+def test_the_channels_that_stay_are_the_ones_that_weigh_most():
+    """In whole heads, an equal number of each group, and every second frequency of the timestep."""
+    with pytest.raises(ValueError, match="its class_embed_type is 'timestep': use one that counts classes"):
+        teachers.PixelUNet.of({**TUTORIAL, "class_embed_type": "timestep"})
+    net = teachers.PixelUNet.of({**TUTORIAL, "norm_eps": 1e-5})
+    attention = "down_blocks.1.attentions.0."
+    for name, p in net.net.named_parameters():
+        p.data = torch.ones_like(p)
+        if name.startswith(attention) and p.ndim == 2:
+            p.data[8:] = 2.0  # the second head
+        if name == "time_embedding.linear_1.weight":
+            p.data[:] = torch.arange(16.0)
+        if name == "down_blocks.0.resnets.0.conv1.weight":
+            p.data *= torch.arange(16)[:, None, None, None]
+    small = prune_channels(net, 0.5).net.state_dict()
+    assert small[attention + "to_v.weight"].shape == (8, 8) and (small[attention + "to_v.weight"] == 2).all()
+    kept = small["down_blocks.0.resnets.0.conv1.weight"][:, 0, 0, 0].tolist()
+    assert kept == [2, 3, 6, 7, 10, 11, 14, 15]  # two of each group of four
+    assert small["time_embedding.linear_1.weight"][0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_eps": 1e-5}, "setting norm_eps is 1e-05, but UNet only knows 1e-06"),
-        ({"attention_head_dim": 8}, "setting attention_head_dim is 8, but UNet only knows None"),
-        ({"freq_shift": 0}, "setting freq_shift"),
-        ({"flip_sin_to_cos": True}, "setting flip_sin_to_cos"),
-        ({"downsample_padding": 1}, "setting downsample_padding"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "setting resnet_time_scale_shift"),
-        ({"num_class_embeds": 10}, "setting num_class_embeds"),
-        ({"_class_name": "UNet1DModel"}, "a UNet1DModel, of diffusers only UNet2DModel, UNet2DConditionModel, SD3Tr"),
-        ({"sample_size": [16, 32]}, "sample_size"),
-        ({"block_out_channels": [32, 48, 64]}, "multiples of the first"),
-        ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D", "UpBlock2D"]}, "mirrored"),
+        ({"_class_name": "UNet1DModel"}, "a UNet1DModel, of diffusers only UNet2DConditionModel, SD3.*, UNet2DModel"),
+        ({"down_block_types": ["DownBlock2D", "UpwardBlock2D", "DownBlock2D"]}, "UpwardBlock2D does not exist"),
         ({}, "by the config, but absent in the weights"),
+        ({"norm_eps": 1e-5}, "by the config, but absent in the weights"),
     ],
 )
-def test_what_unet_cannot_express_is_refused_by_name(change, message, tmp_path):
+def test_what_is_no_network_is_refused(change, message, tmp_path):
     config = {"_class_name": "UNet2DModel", **json.loads(json.dumps(SMALL)), **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save({"conv_in.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "diffusion_pytorch_model.bin")
@@ -238,16 +333,14 @@ def test_what_unet_cannot_express_is_refused_by_name(change, message, tmp_path):
 
 
 def test_settings_that_a_config_leaves_out_are_those_of_diffusers():
-    arguments = inspect.signature(diffusers.UNet2DModel.__init__).parameters
-    defaults = {name: argument.default for name, argument in arguments.items()}
     needed = teachers.NEEDED
-    assert {name: defaults[name] for name in needed} == {**needed, **teachers.DEFAULTS}
+    assert inspected(needed) == {**needed, **teachers.DEFAULTS}
     assert {name: needed[name] for name in teachers.DEFAULTS} == PUBLISHED
     for name in PUBLISHED:
-        config = {"_class_name": "UNet2DModel", **SMALL}
+        config = {"_class_name": "UNet2DModel", **json.loads(json.dumps(SMALL))}
+        assert teachers._unet_config(config) is not None
         del config[name]
-        with pytest.raises(ValueError, match=f"setting {name}"):
-            teachers._unet_config(config)
+        assert teachers._unet_config(config) is None
 
 
 UNFILLED = {"_class_name": "UNet2DModel", **SMALL}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import lift_place
 import models
 import train
-from distil import metrics, prepare, report
+from distil import data, metrics, prepare, report, teachers
 from distil.fast_loss import place
 from distil.prepare import Batch, teacher_settings
 from distil.process import DDPM
@@ -503,6 +503,49 @@ def test_what_lies_in_the_way_is_refused_by_name_and_left_alone(capsys):
     (teacher / "checkpoint.pt").write_bytes(b"half a file")
     assert str(teacher / "checkpoint.pt") in refused([*TINY, "--seed", "9", "--out", "runs/none"], capsys)
     assert not Path("runs/none").exists()
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(capsys, monkeypatch):
+    """Its basic training in small; its pipeline is read, pruned, distilled, interrupted, resumed, and runs again."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    net = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, **blocks)
+    scheduler = diffusers.DDPMScheduler(200, beta_schedule="squaredcos_cap_v2")
+    optimizer, images = torch.optim.AdamW(net.parameters(), 1e-3), data.to_float(data.load("digits").images[:8])
+    for _ in range(3):
+        noise, t = torch.randn_like(images), torch.randint(0, 200, (8,))
+        loss = (net(scheduler.add_noise(images, noise, t), t, return_dict=False)[0] - noise).square().mean()
+        loss.backward()
+        optimizer.step()
+    diffusers.DDPMPipeline(unet=net, scheduler=scheduler).save_pretrained("tutorial")
+
+    arguments = ["--teacher", "tutorial", "--prune", "0.5", "--kd", "feat", "place", "--importance", "taylor"]
+    arguments += ["--sample-steps", "4", "--out", "runs/tutorial"]
+    step = train.step
+
+    def interrupted(*given):
+        if given[5] == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", interrupted)
+        run(*arguments)
+    run(*arguments, "--eval-samples", "6")
+    assert "runs/tutorial: resumed at step 2 of" in capsys.readouterr().out
+    student = teachers.load("runs/tutorial/student/place-0")
+    assert student.process == {"name": "ddpm", "steps": 200, "schedule": "cosine"}
+    small = diffusers.UNet2DModel.from_pretrained("runs/tutorial/student/place-0")
+    assert tuple(small.config.block_out_channels) == (8, 16)
+    pipeline = diffusers.DDPMPipeline.from_pretrained("tutorial", unet=small)
+    assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+    card = Path("runs/tutorial/student/place-0/README.md").read_text()
+    assert 'DiffusionPipeline.from_pretrained("tutorial", unet=student)' in card and "pipeline().images" in card
+    run("--teacher", "tutorial", "--student", "runs/tutorial/student/place-0", "--kd", "place", "--sample-steps", "4",
+        "--out", "runs/tutorial-again")  # fmt: skip
+    assert Path("runs/tutorial-again/student/config.json").exists()
 
 
 # ---- Fewer steps -----------------------------------------------------------------------------------------------------
