@@ -3,6 +3,8 @@
     python -m distil.evaluate RUN [RUN ...]    one table over finished runs: mean ± std over all students of a method
     python -m distil.evaluate RUN --num 50000 --dataset celeba      FID, KID, precision, recall of its students; the
                                                same command resumes; RUN may also be the folder of a saved network
+    python -m distil.evaluate RUN --protocol imagenet --reference FILE.npz      the same as in the paper's Table 3, with
+                                               the Inception Score
     python -m distil.evaluate RUN --prompts FILE --num 30000 --dataset folder --data coco --clip MODEL      the same of
                                                networks that read text, with their CLIP score
     torchrun --nproc-per-node 8 -m distil.evaluate -- RUN ...       shares the sampling
@@ -15,7 +17,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,15 +200,40 @@ def differences(runs: Sequence[Path], settings: Sequence[dict[str, Any]]) -> lis
 # ---- FID and its relatives -------------------------------------------------------------------------------------------
 
 
+# What --protocol stands for: how the paper's tables were scored (the counts are whole batches of the published code).
+# IMAGES is what is done without one.
+IMAGES = {"num": None, "dataset": None, "real": 50_000, "mode": "clean", "k": 5, "resize": None}
+PROTOCOLS = {
+    "celeba": {"num": 49_984, "dataset": "celeba", "real": 162_770, "mode": "legacy_pytorch"},
+    "lsun_bedroom": {"num": 4_992, "dataset": "lsun_bedroom", "mode": "legacy_pytorch"},
+    "coco": {"num": 30_000, "dataset": "folder", "mode": "legacy_pytorch", "resize": 256, "sample_steps": 25,
+             "guidance": 7.5},
+    "imagenet": {"num": 50_000, "mode": "torch_fidelity", "k": 3, "sample_steps": 250, "eta": 1.0, "guidance": 1.5},
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Flags(sample.Flags):
     num: int | None = option(None, "sample so many images of each network and compare their features", int, low=6)
     out: str = option("runs/evaluation", "folder for samples and scores")
-    dataset: str | None = option(None, "the real images, needed with --num", choices=tuple(data.DATASETS))
+    protocol: str | None = option(None, "score as the paper's table does, in fp32", choices=tuple(PROTOCOLS))
+    dataset: str | None = option(None, "the real images of --num", choices=tuple(data.DATASETS))
     data: str | None = option(None, "where their files are")
-    real: int = option(50_000, "how many of them at most, evenly spaced", int, low=6)
-    mode: str = option("clean", "of clean-fid; the paper has legacy_pytorch", choices=metrics.MODES)
+    reference: str | None = option(None, "or an .npz that stands for them: mu and sigma, or images as arr_0")
+    real: int | None = option(None, "how many of them at most, evenly spaced; 50000", int, low=6)
+    mode: str | None = option(None, "of Inception; clean. In the paper legacy_pytorch; torch_fidelity for "
+                              "Table 3 and every Inception Score", choices=metrics.MODES)  # fmt: skip
+    k: int | None = option(None, "neighbours of precision and recall; 5", int, low=1, high=99)
+    resize: int | None = option(None, "side to which images are brought first, in pixels", int, low=8)
+    npz: bool = option(False, "also write the images as samples.npz, which ADM's evaluator reads", bool)
     clip: str | None = option(None, "CLIP model for the CLIP score of --prompts, as openai/clip-vit-large-patch14")
+
+
+def with_protocol(flags: Flags) -> Flags:
+    """The flags with what was not given filled in, by --protocol and then by IMAGES."""
+    published = {"precision": "fp32", **PROTOCOLS[flags.protocol]} if flags.protocol else {}
+    filled = {name: value for name, value in {**IMAGES, **published}.items() if getattr(flags, name) is None}
+    return replace(flags, **filled)
 
 
 def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None) -> None:
@@ -215,13 +242,14 @@ def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None)
     with machine.refusing("distil.evaluate"):  # all that can be wrong, before hours of sampling
         if flags.num is None and flags.clip is None:
             raise ValueError("--prompts needs --num or --clip; python -m distil.sample draws images of prompts")
-        if flags.num is not None and flags.dataset is None:
-            raise ValueError(f"--num needs --dataset, the real images: choose from {', '.join(data.DATASETS)}")
+        if flags.num is not None and flags.dataset is None and flags.reference is None:
+            known = ", ".join(data.DATASETS)
+            raise ValueError(f"--num needs the real images: --dataset, one of {known}, or --reference FILE.npz")
         job, device = sample.prepare(runs, flags), machine.find_device(flags.device)
         clip = None if flags.clip is None else ClipScore(flags.clip, device)
         if rank == 0 and flags.num is not None:
             extract = extract or metrics.Inception(flags.mode, device)
-            real = data.load(flags.dataset, flags.data, image_size=job.shape[1], channels=job.shape[0])
+            real = open_reference(flags, job.shape, extract)
         about = (job.count, job.shape)
         rooms = {name: sample.open_samples(out / name, net, *about, **job.record) for name, net in job.nets.items()}
     for name, net in job.nets.items():
@@ -236,13 +264,23 @@ def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None)
         print(fid(flags, job, rooms, real, extract))
 
 
-def fid(flags: Flags, job: sample.Job, rooms: dict[str, list], real: data.Images, extract: metrics.Extract) -> str:
+def open_reference(flags: Flags, shape: tuple[int, int, int], extract: metrics.Extract) -> metrics.Reference:
+    """What images of this shape (C, H, W) are compared with."""
+    if flags.reference is not None:
+        return metrics.read_reference(flags.reference, extract)
+    real = data.load(flags.dataset, flags.data, image_size=flags.resize or shape[1], channels=shape[0])
+    return metrics.reference(real, extract, count=flags.real)
+
+
+def fid(
+    flags: Flags, job: sample.Job, rooms: dict[str, list], real: metrics.Reference, extract: metrics.Extract
+) -> str:
     """The table of the networks' images against real ones; writes scores.json beside them. rooms: of `open_samples`."""
-    real_features, how = metrics.reference(real, extract, count=flags.real), job.record
+    how, small = job.record, flags.resize
     sampler = next(iter(job.arguments.values()))["process"].sampler
     protocol = (
-        f"features {extract.__name__}, precision and recall k=5 (of 100 images or more); {len(real_features)} of "
-        f"{len(real.images)} images of {real.name} (train), {job.count} generated, stored in 8 bits; "
+        f"features {extract.__name__}, precision and recall k={flags.k} (of {metrics.NEIGHBOURS} images or more); "
+        f"{real.about}, {job.count} generated, stored in 8 bits{f', resized to {small}x{small}' if small else ''}; "
         f"{sampler}, {how['steps']} steps ({how['spacing']}), eta {how['eta']:g}, guidance {how['guidance']:g}; "
         f"{'bf16' if how['bf16'] else 'float32'}; seed {how['seed']}"
     )
@@ -250,8 +288,13 @@ def fid(flags: Flags, job: sample.Job, rooms: dict[str, list], real: data.Images
     search = device if device.type == "cuda" else "cpu"  # in float64, which mps lacks
     for name, net in job.nets.items():
         images, done = rooms[name]
-        fake = metrics.features(extract, images, batch=100, label=f"features of {name}")
-        row = {"name": name, "n": job.count, **metrics.feature_scores(real_features, fake, search)}
+        if flags.npz:
+            with machine.whole(Path(flags.out) / name / "samples.npz") as part, part.open("wb") as file:
+                np.savez(file, arr_0=images.transpose(0, 2, 3, 1))  # (N, H, W, C)
+        seen = extract if small is None else metrics.resized(extract, small)
+        fake = metrics.features(seen, images, batch=100, label=f"features of {name}")
+        options = {"k": flags.k, "classes": getattr(extract, "classes", None), "device": search}
+        row = {"name": name, "n": job.count, **metrics.feature_scores(real, fake, **options)}
         row |= {"non_finite": int((done == 2).sum()), **sizes(net)}
         about = {"protocol": protocol, "machine": machine.describe()}
         machine.write_json(Path(flags.out) / name / "scores.json", row | about)
@@ -265,6 +308,7 @@ def main(argv: list[str] | None = None, extract: metrics.Extract | None = None) 
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or with --num of a network")
     parser.add_options(Flags)
     flags, given = parser.read(argv, Flags, "runs")
+    flags = with_protocol(flags)
     if flags.num is None and flags.prompts is None:
         with machine.refusing("distil.evaluate"):
             print(join(given["runs"]))

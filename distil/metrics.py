@@ -23,12 +23,15 @@ import hashlib
 import math
 import pickle
 import platform
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +39,8 @@ from distil import data, machine
 from models import Network
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
-MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")  # of Inception features, as clean-fid names them
+MODES = ("clean", "legacy_pytorch", "legacy_tensorflow", "torch_fidelity")  # of Inception features: as clean-fid names
+# them, and the port of the first network that ADM and torch-fidelity score with
 NEIGHBOURS = 100  # images at least, real and generated, for precision and recall to mean something
 Extract = Callable[[Tensor], Tensor]
 
@@ -136,22 +140,57 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
 class Inception:
     """The features of FID: images (B, C, H, W) uint8, gray or colour -> (B, 2048) float32, resized as clean-fid does.
 
-    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: the paper's) or `legacy_tensorflow`.
-    network: (B, 3, 299, 299) floats 0 .. 255 on `device` -> features; None: clean-fid's, with the published weights.
+    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: Tables 1 and 2), `legacy_tensorflow`, or
+        `torch_fidelity` (that of ADM: Table 3), which also has the classes of the Inception Score.
+    network: (B, 3, 299, 299) floats 0 .. 255 on `device` -> features; None: that of `mode`, with published weights.
+    classes: (K, 2048), which times features are the logits of its classes; None where the mode has none.
     """
 
-    def __init__(self, mode: str = "clean", device: torch.device | str = "cpu", network: Extract | None = None):
+    def __init__(
+        self, mode: str = "clean", device: torch.device | str = "cpu", network: Extract | None = None,
+        classes: Tensor | None = None,
+    ):  # fmt: skip
         from cleanfid.resize import build_resizer
 
         self.__name__, self.device = f"inception-{mode}", torch.device(device)
-        self.pool, self.resizer = ThreadPoolExecutor(), build_resizer(mode)
-        self.network = network or inception(mode, self.device)
+        inside = mode == "torch_fidelity"  # the network resizes, as TensorFlow's does
+        self.pool, self.resizer = ThreadPoolExecutor(), build_resizer("legacy_tensorflow" if inside else mode)
+        self.network, self.classes = network, classes
+        if network is None:
+            self.network, self.classes = fidelity(self.device) if inside else (inception(mode, self.device), None)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
         resized = np.stack(list(self.pool.map(self.resizer, colour)))  # (B, 299, 299, 3); not in legacy_tensorflow
         return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(self.device)).float().cpu()
+
+
+def fidelity(device: torch.device) -> tuple[Extract, Tensor]:
+    """torch-fidelity's network: (B, 3, H, W) floats 0 .. 255 -> features (B, 2048), and its classes (1008, 2048).
+
+    Raises:
+        ImportError: torch-fidelity is missing.
+        ValueError: the weights (95 MB, downloaded once) cannot be had, or are not the published ones.
+    """
+    machine.library("torch_fidelity", "--mode torch_fidelity", "torch-fidelity")
+    from torch_fidelity import feature_extractor_inceptionv3 as found
+
+    url = found.URL_INCEPTION_V3
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digits = path.stem.rpartition("-")[2]  # the name ends with the first ones of its SHA-256
+    try:
+        if not path.exists():
+            torch.hub.download_url_to_file(url, path, digits)  # renamed when whole
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
+            raise ValueError("they are not the published ones")
+        torch.load(path, weights_only=True)  # the library would unpickle anything
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
+        raise ValueError(f"--mode torch_fidelity needs the weights {path} ({reason}): {remedy}") from error
+    net = found.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
+    return lambda images: net(images.to(torch.uint8))[0], net.fc.weight.cpu()
 
 
 def inception(mode: str, device: torch.device) -> Extract:
@@ -186,9 +225,46 @@ def features(
     return torch.cat([extract(torch.as_tensor(images[rows[i : i + batch]])).cpu() for i in starts])
 
 
-def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache: str | Path = data.CACHE) -> Tensor:
-    """Features (N, D) float32 of N = min(count, all) train images evenly spaced over `real`, kept in `cache` under a
-    hash of 64 of the images among other things: another folder, crop or order is another file."""
+def resized(extract: Extract, size: int) -> Extract:
+    """`extract` of images (B, C, H, W) that PIL brings to size x size first (bicubic), as the paper's Table 2 does."""
+
+    def extract_resized(images: Tensor) -> Tensor:
+        small = [Image.fromarray(x).resize((size, size)) for x in images.permute(0, 2, 3, 1).squeeze(-1).numpy()]
+        x = torch.from_numpy(np.stack([np.atleast_3d(image) for image in small]))  # (B, size, size, C)
+        return extract(x.permute(0, 3, 1, 2))
+
+    return extract_resized
+
+
+class Reference(NamedTuple):
+    """What generated images are compared with."""
+
+    about: str  # which images, and how many
+    gaussian: tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D) of their features
+    features: Tensor | None  # (N, D); a file of statistics may lack them
+
+
+def read_reference(path: str, extract: Extract) -> Reference:
+    """The reference of an .npz as ADM and pytorch-fid publish them: `mu` and `sigma`, images (N, H, W, 3) as `arr_0`,
+    or all of them. ValueError where it holds neither."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"--reference {path} cannot be read as an .npz: {error}") from error
+    found, images = None, arrays.get("arr_0")
+    if images is not None:
+        found = features(extract, images.transpose(0, 3, 1, 2), batch=100, label="features of the reference")
+    elif len(arrays) < 2:
+        raise ValueError(f"--reference {path} must hold mu and sigma, or images as arr_0 (N, H, W, 3)")
+    statistics = gaussian(found) if "mu" not in arrays else (torch.tensor(arrays["mu"]), torch.tensor(arrays["sigma"]))
+    about = f"{Path(path).name} ({'statistics' if found is None else f'{len(found)} images'})"
+    return Reference(about, tuple(x.double() for x in statistics), found)
+
+
+def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache: str | Path = data.CACHE) -> Reference:
+    """Of N = min(count, all) train images evenly spaced over `real`, features float32 kept in `cache` under a hash of
+    64 of the images among other things: another folder, crop or order is another file."""
     rows = np.linspace(0, len(real.images) - 1, min(count, len(real.images))).round().astype(int)
     key = hashlib.sha256(real.images[rows[:: math.ceil(len(rows) / 64)]].tobytes()).hexdigest()[:8]
     size = "x".join(map(str, real.images.shape[1:]))
@@ -198,24 +274,37 @@ def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache
         path.parent.mkdir(parents=True, exist_ok=True)
         with machine.whole(path) as part, part.open("wb") as file:
             np.save(file, found.numpy())
-    return torch.from_numpy(np.load(path))
+    found = torch.from_numpy(np.load(path))
+    about = f"{len(found)} of {len(real.images)} images of {real.name} (train)"
+    return Reference(about, gaussian(found), found)
 
 
 # ---- Distances -------------------------------------------------------------------------------------------------------
 
 
-def frechet(real: Tensor, fake: Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to features (N, D) and (M, D), N and M >= 2 (Heusel et al. 2017).
+def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of features (N, D), float64."""
+    return x.double().mean(0), torch.atleast_2d(x.double().T.cov())
 
-    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2 in float64. The last trace is the sum of the square roots of the
-    eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric: singular covariances (pixels that never change) do no harm.
-    Features that are not finite are infinitely far away.
-    """
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to features (N, D) and (M, D), N and M >= 2 (Heusel et al. 2017)."""
     if real.shape[1:] != fake.shape[1:] or real.ndim != 2 or min(len(real), len(fake)) < 2:
         raise ValueError(f"frechet needs (N, D) and (M, D), N, M >= 2, not {tuple(real.shape)} and {tuple(fake.shape)}")
-    if not (real.isfinite().all() and fake.isfinite().all()):
+    return frechet_gaussians(gaussian(real), gaussian(fake))
+
+
+def frechet_gaussians(real: tuple[Tensor, Tensor], fake: tuple[Tensor, Tensor]) -> float:
+    """Of two means (D,) and covariances (D, D), float64: |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2.
+
+    The last trace is the sum of the square roots of the eigenvalues of S1^1/2 S2 S1^1/2, which is symmetric: singular
+    covariances (pixels that never change) do no harm. What is not finite is infinitely far away.
+    """
+    (m1, s1), (m2, s2) = real, fake
+    if s1.shape != s2.shape:
+        raise ValueError(f"features of {len(m1)} and of {len(m2)} numbers have no distance: give both one extractor")
+    if not all(x.isfinite().all() for x in (m1, s1, m2, s2)):
         return math.inf
-    (m1, s1), (m2, s2) = ((x.mean(0), torch.atleast_2d(x.T.cov())) for x in (real.double(), fake.double()))  # (D, D)
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     overlap = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
@@ -262,14 +351,32 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
         np.random.set_state(state)
 
 
-def feature_scores(real: Tensor, fake: Tensor, device: torch.device | str = "cpu") -> dict[str, float | None]:
-    """frechet (FID on Inception's), kid, precision, recall of features (N, D) and (M, D), float32 on the CPU; the last
-    two None below NEIGHBOURS. device: of their search, which takes minutes on a CPU for 50,000 images."""
-    precision, recall = None, None
-    if min(len(real), len(fake)) >= NEIGHBOURS:
-        precision, recall = precision_recall(real.to(device), fake.to(device))
-    scores = {"frechet": frechet(real, fake), "kid": kernel_distance(real, fake)}
-    return {**scores, "precision": precision, "recall": recall}
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """Inception Score of logits (N, K), the mean over `splits` parts in their order (Salimans et al. 2016). ADM takes
+    parts of 5,000: the same for 50,000 images."""
+    parts = torch.chunk(logits.double().log_softmax(1), splits)  # log p(y | x), (N / splits, K) each
+    kl = [(p.exp() * (p - p.logsumexp(0) + math.log(len(p)))).sum(1).mean() for p in parts]
+    return torch.stack(kl).exp().mean().item()
+
+
+def feature_scores(
+    real: Reference, fake: Tensor, *, k: int = 5, classes: Tensor | None = None, device: torch.device | str = "cpu"
+) -> dict[str, float | None]:
+    """frechet (FID on Inception's), kid, inception_score, precision, recall of features (M, D), float32 on the CPU.
+
+    None is what cannot be said: the last two below NEIGHBOURS images, they and kid against statistics alone, the
+    Inception Score without `classes` (K, D). device: of the search for the k-th neighbours: 50,000 take a CPU minutes.
+    """
+    scores: dict[str, float | None] = {"frechet": frechet_gaussians(real.gaussian, gaussian(fake))}
+    scores |= dict.fromkeys(("kid", "inception_score", "precision", "recall"))
+    if real.features is not None:
+        scores["kid"] = kernel_distance(real.features, fake)
+        if min(len(real.features), len(fake)) >= NEIGHBOURS:
+            found = precision_recall(real.features.to(device), fake.to(device), k)
+            scores |= dict(zip(("precision", "recall"), found, strict=True))
+    if classes is not None:
+        scores["inception_score"] = inception_score(fake @ classes.T)
+    return scores
 
 
 def score(

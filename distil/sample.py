@@ -194,6 +194,7 @@ class Flags:
     no_t5: bool = option(False, "without the largest text encoder of Stable Diffusion 3", bool)
     batch: int | None = option(None, "images at a time; what fits on a GPU, 256 on a CPU", int, low=1)
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to sample", bool)
+    precision: str | None = option(None, "bf16 where a GPU has it, else fp32", choices=("fp32", "bf16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     out: str = option("runs/samples", "folder for the images")
 
@@ -303,7 +304,8 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     def told(rows: list[int]) -> dict[str, Tensor]:
         return text.encode([prompts[i] for i in rows])
 
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    fast = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    bf16 = (flags.precision or fast) == "bf16"
     options = {"seed": flags.seed, "steps": steps, "eta": flags.eta, "guidance": flags.guidance, "bf16": bf16}
     record = {**options, "spacing": flags.spacing, "clip_x0": flags.clip_x0, **(vae.record if vae else {})}
     if text is not None:

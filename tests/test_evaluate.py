@@ -169,7 +169,7 @@ def test_a_run_and_its_students_are_evaluated(capsys):
     assert "FID" not in out and "| first-out-0 " in out and "| first-place-0 " in out
     assert "features means" in out and "100 of 1500 images of digits (train), 12 generated" in out
     found = json.loads(Path("runs/evaluation/first-place-0/scores.json").read_text())
-    real = metrics.reference(data.load("digits"), means, count=100)
+    real = metrics.reference(data.load("digits"), means, count=100).features
     images = np.load("runs/evaluation/first-place-0/samples.npy")
     assert found["frechet"] == metrics.frechet(real, means(torch.from_numpy(images)))
     assert found["parameters"] == metrics.parameters(net) and found["protocol"] in out
@@ -179,6 +179,29 @@ def test_a_run_and_its_students_are_evaluated(capsys):
     assert evaluate.main(["runs/first/student/out-0", *FEW, "--out", "b"], inception) == 0
     out = capsys.readouterr().out
     assert "| out-0 " in out and "FID@12" in out and "inception-clean" in out
+
+
+def test_images_are_scored_as_a_published_table_was(capsys):
+    tiny().save("net")
+    real = data.load("digits").images[:120]
+    np.savez("reference.npz", arr_0=real.transpose(0, 2, 3, 1))
+    classes = torch.eye(16)
+
+    def network(x):  # (B, 3, H, W) -> (B, 16)
+        return torch.nn.functional.adaptive_avg_pool2d(x[:, :1], 4).flatten(1)
+
+    extract = metrics.Inception("torch_fidelity", network=network, classes=classes)
+    flags = ["--protocol", "imagenet", "--reference", "reference.npz", "--num", "110", "--sample-steps", "2"]
+    assert evaluate.main(["net", *flags, "--guidance", "1", "--resize", "16", "--npz"], extract) == 0
+    out = capsys.readouterr().out
+    assert "precision and recall k=3" in out and "reference.npz (120 images), 110 generated" in out
+    assert "resized to 16x16" in out and "eta 1" in out and "float32" in out and " IS |" in out
+    images = np.load("runs/evaluation/net/samples.npz")["arr_0"]  # (N, H, W, C), not resized
+    assert images.shape == (110, 8, 8, 1) and images.dtype == np.uint8
+    seen = metrics.resized(extract, 16)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    found = json.loads(Path("runs/evaluation/net/scores.json").read_text())
+    assert found["inception_score"] == pytest.approx(metrics.inception_score(seen @ classes.T))
+    assert found["precision"] == metrics.precision_recall(extract(torch.from_numpy(real)), seen, 3)[0]
 
 
 def test_two_processes_fill_one_file():
@@ -226,7 +249,9 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
     ("arguments", "words"),
     [
         (["net", "--num", "5", "--dataset", "digits"], "--num 5 cannot be used, it must be at least 6"),
-        (["net", "--num", "50"], "--num needs --dataset"),
+        (["net", "--num", "50"], "--num needs the real images: --dataset, one of "),
+        (["net", "--num", "50", "--reference", "no.npz"], "--reference no.npz cannot be read"),
+        (["net", "--num", "50", "--protocol", "table3"], "--protocol table3 is not known, choose from celeba"),
         (["net", "--num", "50", "--dataset", "digit"], "did you mean digits?"),
         (["net", "--num", "50", "--dataset", "digits", "--real", "5"], "--real 5"),
         (["net", "--num", "50", "--dataset", "digits", "--eta", "2"], "--eta 2.0"),
