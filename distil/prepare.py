@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +130,8 @@ def prepare(settings: Settings) -> Run:
     check_machine(settings)
     device = find_device(settings.device)
     images, held_out = open_data(settings)
+    if images.record is not None:  # the run remembers what shows its latents
+        settings = replace(settings, vae=settings.vae or images.record["vae"])
     with rank_0_first():  # what rank 0 downloads the others find
         teacher, teacher_checkpoint = open_teacher(settings, images)
     student = None

@@ -402,6 +402,7 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     student, again, teacher = (load(place) for place in places)
     assert same_weights(student, again) and student.config == again.config
 
+    assert json.loads((run / "config.json").read_text())["vae"] == str(pipelines[family])  # as the latents say
     found, sizes = json.loads((run / "metrics.json").read_text()), [metrics.parameters(x) for x in (student, teacher)]
     rows = [next(row for row in found["students"] if row["method"] == "place"), found["teacher"]]
     assert [row["parameters"] for row in rows] == sizes and sizes[0] < 0.8 * sizes[1]
