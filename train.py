@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import sys
 
-from distil.settings import Settings, parse, plain
+from distil.settings import Settings, parse_command, plain
 
-SETTINGS = parse(description=__doc__) if __name__ == "__main__" else None  # answered before torch, which takes seconds
+if __name__ == "__main__":
+    GIVEN = parse_command(description=__doc__)  # answered before torch, which takes seconds
 
 import contextlib
 import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +34,19 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from distil import data, evaluate, fast_loss, machine, report
 from distil.machine import Stop, hash_seed, mean_over_ranks, rank_and_world, say
-from distil.prepare import Batch, Run, batches, new_network, prepare, smaller, start_of, teacher_settings
+from distil.prepare import (
+    Batch,
+    Run,
+    batches,
+    dry_run,
+    new_network,
+    outlook,
+    prepare,
+    sketch,
+    smaller,
+    start_of,
+    teacher_settings,
+)
 from distil.process import Process, fold_of, make_process, process_of, split
 from distil.students import FEATURES, ShardedStudent, Student, autocast, find_dtype, predict, tap, timed
 from lift_place import PRESETS, Distillation, adaptive, schedule
@@ -259,6 +273,10 @@ def train(
                 shown = [f"{key} {record[key]:.3g}" for key in keys if key in record]
                 bar.set_postfix_str(f"{student.name}: {', '.join(shown)}", refresh=False)
             bar.update()
+            if at - start == 12:
+                began = perf_counter()
+            elif at - start == 22 and (left := (perf_counter() - began) / 10 * (settings.steps - at)) > 60:
+                say(f"{folder}: about {left / 60:,.0f} minutes for the other {settings.steps - at - 1:,} steps")
             if stop.asked or last or (at + 1) % settings.save_every == 0:
                 save_checkpoint(settings, students, folder, at + 1)
             if stop.asked:
@@ -360,6 +378,8 @@ def distil(run: Run) -> dict[str, Any] | None:
         say(f"{folder}: this run is finished, nothing to train; its results:")
         announce(run.metrics, folder)
         return run.metrics
+    if run.teacher is None:
+        say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
     teacher = run.teacher or train_teacher(run, make_process(settings.process, spacing=settings.spacing))
     if teacher is None:
         return None
@@ -370,6 +390,8 @@ def distil(run: Run) -> dict[str, Any] | None:
         process = own.fold(settings.fold_steps, settings.fold_end)  # of the students
         time = fold_of(teacher, process)
     students, tapped = make_students(run, teacher, own, time)
+    if run.teacher is not None:
+        say(outlook(settings, run.images, teacher, students[0].ema))
     teacher.settle(find_dtype(settings, run.device))
     if settings.compile:
         tapped.compile()
@@ -393,8 +415,13 @@ def announce(metrics: dict[str, Any], folder: Path) -> None:
     say(f"\n{report.table(report.rows(metrics))}\n\n{metrics['protocol']}\nsamples, curves and numbers: {folder}")
 
 
-def main(settings: Settings) -> int:
-    """The run of these settings. Returns the exit code; SystemExit(2), after one sentence, for what cannot be used."""
+def main(settings: Settings, only_look: bool = False) -> int:
+    """The run of these settings, or with `only_look` what it would be. Returns the exit code; SystemExit(2), after one
+    sentence, for what cannot be used."""
+    if only_look:
+        with machine.refusing("train.py"):
+            print(dry_run(settings))
+        return 0
     with machine.processes(settings.device):
         with machine.refusing("train.py"):  # what a user gave; what comes later keeps its traceback
             run = prepare(settings)
@@ -405,4 +432,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(SETTINGS))
+    sys.exit(main(*GIVEN))

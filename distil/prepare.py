@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from distil import data, importance, teachers, text_to_image
 from distil.fast_loss import place
 from distil.machine import find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
 from distil.process import Process, make_process, process_of
-from distil.settings import EVALUATION, FREE, SD_STUDENTS, Settings, flag, plain, preset
+from distil.settings import EVALUATION, FREE, SD_STUDENTS, SHAPE, SIZES, Settings, flag, plain, preset
 from distil.students import autocast
 from models import (
     DiT,
@@ -127,22 +128,35 @@ def prepare(settings: Settings) -> Run:
 
     ValueError, OSError: one sentence that says what is wrong and what would work.
     """
-    check_machine(settings)
     device = find_device(settings.device)
+    settings = sized(settings, device)
+    check_machine(settings)
+    with rank_0_first():  # what rank 0 downloads the others find; before the data, which may take hours
+        teacher, student = (open_network(name, settings) for name in ("teacher", "student"))
     images, held_out = open_data(settings)
     if images.record is not None:  # the run remembers what shows its latents
         settings = replace(settings, vae=settings.vae or images.record["vae"])
-    with rank_0_first():  # what rank 0 downloads the others find
-        teacher, teacher_checkpoint = open_teacher(settings, images)
-    student = None
-    if settings.student is not None and settings.student not in SD_STUDENTS:
-        student = open_network("--student", settings.student, settings, images)
+    with rank_0_first():
+        teacher, teacher_checkpoint = open_teacher(settings, images, teacher)
+    student = fitted("student", student, settings, images)
     check_students(settings, images, teacher, student)
     check_steps(settings, teacher, student)
     vae = open_vae(settings, images, device)
     checkpoint = read_checkpoint(settings, Path(settings.out))
     metrics = read_metrics(settings, Path(settings.out))
     return Run(settings, device, images, held_out, teacher, teacher_checkpoint, student, vae, checkpoint, metrics)
+
+
+def sized(settings: Settings, device: torch.device) -> Settings:
+    """The settings, with what their preset leaves to the device and the number of images: a line of SIZES."""
+    if settings.dataset not in SIZES:
+        return settings
+    if settings.data is None:
+        raise ValueError(f"--dataset {settings.dataset} needs --data, the folder that holds the images")
+    on_gpu, n = device.type == "cuda", len(data.image_files(Path(settings.data)))
+    row = next(row for gpu, most, row in SIZES[settings.dataset] if gpu == on_gpu and n <= most)
+    taken = {name: value for name, value in row.items() if settings.channels is None or name not in SHAPE}
+    return replace(settings, **{name: value for name, value in taken.items() if getattr(settings, name) is None})
 
 
 def check_machine(settings: Settings) -> None:
@@ -173,12 +187,12 @@ def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
     return images, data.load("digits", image_size=settings.image_size, split="test")
 
 
-def open_teacher(settings: Settings, images: data.Images) -> tuple[Network | None, dict[str, Any] | None]:
+def open_teacher(
+    settings: Settings, images: data.Images, given: Opened | None
+) -> tuple[Network | None, dict[str, Any] | None]:
     """The teacher, and None; or, where it has to be trained first, None and the checkpoint of its training if any."""
-    if settings.arch not in NEW and settings.teacher in ("auto", "train"):
-        raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
-    if settings.teacher != "train":
-        return open_network("--teacher", settings.teacher, settings, images), None
+    if given is not None:
+        return fitted("teacher", given, settings, images), None
     with torch.device("meta"):
         new_network(settings, images)  # refuses data that no teacher can be made for
     own = teacher_settings(settings)
@@ -188,17 +202,46 @@ def open_teacher(settings: Settings, images: data.Images) -> tuple[Network | Non
     return None, read_checkpoint(own, Path(own.out))
 
 
-def open_network(name: str, where: str, settings: Settings, images: data.Images) -> Network:
-    """A network for these images: a saved folder, a hub id, a public checkpoint file, or `auto`.
+Opened = Callable[[data.Images], Network]  # a network that was given: a checkpoint file is built once images are known
 
-    ValueError, OSError: it is not there, cannot be read, or is made for other images.
+
+def open_network(name: str, settings: Settings) -> Opened | None:
+    """What the setting `name` gives: a saved folder, a hub id, a public checkpoint file, or `auto`; None if it is to be
+    made here.
+
+    ValueError, OSError: it is not there, or cannot be read.
     """
+    where = getattr(settings, name)
+    if where in ("auto", "train") and settings.arch not in NEW:
+        raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
+    if where is None or where == "train" or where in SD_STUDENTS:
+        return None
     if Path(where).is_file():
-        net = new_network(settings, images)
-        load_checkpoint(net, where)
-    else:
-        net = teachers.public_teacher(settings.dataset) if where == "auto" else teachers.load(where)
-    what, theirs = f"{name} {where}", net.process.get("name", settings.process)
+        models.read_weights(Path(where))
+        return lambda images: from_file(new_network(settings, images), where)
+    if Path(where).suffix in FILES:
+        raise FileNotFoundError(f"{flag(name)} {where}: there is no such file")
+    if where == "auto":
+        teachers.find_public(settings.dataset)
+        return lambda images: teachers.public_teacher(settings.dataset)
+    net = teachers.load(where)
+    return lambda images: net
+
+
+def from_file(net: Network, file: str) -> Network:
+    load_checkpoint(net, file)
+    return net
+
+
+FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of checkpoints
+
+
+def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Images) -> Network | None:
+    """The network that was opened, for these images; ValueError if it is made for others."""
+    if opened is None:
+        return None
+    net = opened(images)
+    what, theirs = f"{flag(name)} {getattr(settings, name)}", net.process.get("name", settings.process)
     if net.arch != settings.arch:
         raise ValueError(f"{what} is a {type(net).__name__}: it goes with --arch {net.arch}, not {settings.arch}")
     if theirs != settings.process:
@@ -295,6 +338,67 @@ def open_vae(settings: Settings, images: data.Images, device: torch.device) -> t
     return vae
 
 
+# ---- What a run will be ----------------------------------------------------------------------------------------------
+
+
+def outlook(settings: Settings, images: data.Images, teacher: Network, student: Network, trained: bool = True) -> str:
+    """One line on the size of a run, and how to change it."""
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (teacher, student)]
+    first = "" if trained else f", {settings.teacher_steps:,} steps"
+    size = "x".join(map(str, images.shape))
+    return (
+        f"{len(images.images):,} images of {size}; teacher {sizes[0]:,} parameters{first}; students {sizes[1]:,} "
+        f"({sizes[1] / sizes[0]:.1%}), {settings.steps:,} steps of {settings.batch_size} images; other sizes: "
+        "--image-size, --channels, --batch-size, --teacher-steps, --steps"
+    )
+
+
+def sketch(settings: Settings, images: data.Images, teacher: Network | None = None) -> tuple[Network, Network]:
+    """The teacher, a new one without weights if none is given, and a student of its kind."""
+    with torch.device("meta"):
+        teacher = teacher or new_network(settings, images)
+    run = Run(settings, torch.device("cpu"), images, *[None] * 5, checkpoint={}, metrics=None)
+    return teacher, SMALLER[teacher.pruning](run, teacher, None, None, 0)
+
+
+def dry_run(settings: Settings) -> str:
+    """What a command comes to, and what is missing for it. Nothing is trained, fetched, decoded or written."""
+    settings = sized(settings, find_device(settings.device))
+    lines = [json.dumps(plain(settings), indent=2)]
+    if settings.data is None:
+        lines.append(f"data: {settings.dataset}; what is not in {data.ROOT}/ is fetched, or you are told from where")
+    else:
+        lines.append(f"data: {settings.data}" + ("" if Path(settings.data).is_dir() else " is missing"))
+    made, public = Path(teacher_settings(settings).out, "teacher"), teachers.PUBLIC.get(settings.dataset)
+    file, otherwise = settings.teacher, "is missing"
+    if file == "train":
+        file, otherwise = made, f"is trained first, {settings.teacher_steps:,} steps"
+    elif file == "auto" and public:
+        file, otherwise = Path(made.parents[1], public.file), f"is missing: it is that of {public.url}"
+    elif text_to_image.HUB_ID.fullmatch(file):
+        otherwise = "is no folder here, so it is taken from the hub"
+    there = Path(file).exists()
+    lines.append(f"teacher: {file}" + ("" if there else f" {otherwise}"))
+    images = pretended(settings)
+    if images is not None and (there or settings.teacher in ("auto", "train")):
+        given = open_network("teacher", settings) if there and settings.teacher not in ("auto", "train") else None
+        nets = sketch(settings, images, given and given(images))
+        lines.append(outlook(settings, images, *nets, trained=settings.teacher != "train" or there))
+    return "\n".join(lines)
+
+
+def pretended(settings: Settings) -> data.Images | None:
+    """Images as those of a run are, without a pixel of them; None for latents that are not there."""
+    _, _, channels = data.DATASETS[settings.dataset]
+    if Path(settings.data or "", data.RECORD).exists():
+        return data.load(settings.dataset, settings.data, image_size=settings.image_size)
+    if channels is None and settings.dataset not in SIZES:
+        return None
+    n = len(data.image_files(Path(settings.data))) if settings.dataset in SIZES else 10
+    pixels = np.broadcast_to(np.uint8(0), (n, channels or 3, settings.image_size, settings.image_size))
+    return data.Images(pixels, np.arange(n) % 10, settings.dataset, flip=False)
+
+
 # ---- What an earlier run left ----------------------------------------------------------------------------------------
 
 
@@ -377,6 +481,8 @@ def network_config(settings: Settings) -> dict[str, Any]:
     if not config["channel_mults"]:
         remedy = f"use --image-size {size - size % 8 or 8}, or one level with --channel-mults 1"
         raise ValueError(f"--image-size {size} cannot be halved, which a U-Net does between its levels: {remedy}")
+    if settings.num_res_blocks:
+        config["num_res_blocks"] = settings.num_res_blocks
     groups = settings.teacher_norm_groups or config.get("norm_groups") or models.usual_groups(settings.channels)
     return config if groups == config.get("norm_groups", 32) else config | {"norm_groups": groups}
 
@@ -388,7 +494,7 @@ def teacher_settings(settings: Settings) -> Settings:
     own = {name: getattr(settings, name) for name in shared} | {"steps": settings.teacher_steps}
     own |= {"lr": settings.teacher_lr, "prune": 0.0, "kd": ("none",), "seeds": (settings.seed,), "eval_samples": 0}
     own |= {"lambda_diff": 1.0}
-    given = {name: getattr(settings, name) for name in ("channel_mults", "teacher_norm_groups")}
+    given = {name: getattr(settings, name) for name in sorted(SHAPE)}
     own |= {name: value for name, value in given.items() if value is not None}
     key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
@@ -417,7 +523,7 @@ def regrouped(settings: Settings, student: Network, teacher: Network) -> Network
 def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:
     settings = run.settings
     # a checkpoint brings its own weights: then any channels will do
-    importance_of = settings.importance if run.checkpoint is None else "magnitude"
+    importance_of = settings.importance if run.checkpoint is None else "random"
     if importance_of == "taylor" and any(p.grad is None for p in teacher.parameters()):
         # all 1000 timesteps as published, but never more passes than the distillation itself makes
         timesteps = range(0, process.steps, max(1, process.steps // settings.steps))

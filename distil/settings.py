@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,22 @@ BK_SDM = PAPER | {"dataset": "latents", "arch": "sd", "process": "sd", "constant
 DIGITS = {"dataset": "digits", "image_size": 8, "warmup": 50, "decay": "cosine", "lr_end": 0.0, "ema": 0.99,
           "dropout": 0.0, "sample_steps": 50, "teacher": "train", "channels": 64}  # fmt: skip
 
+# What a line leaves open (None) is chosen by whether there is a GPU and by the number of images: the first row of SIZES
+# that fits. Teachers of 32 and 64 channels have 8 channels a group, so that a tenth of them can stay.
+ON_CPU = {"image_size": 32, "channels": 32, "channel_mults": (1, 2, 2), "num_res_blocks": 1, "teacher_norm_groups": 4,
+          "batch_size": 16, "teacher_steps": 800, "steps": 600, "teacher_lr": 1e-3, "lr": 3e-3, "decay": "cosine",
+          "warmup": 50, "ema": 0.99, "dropout": 0.0, "importance": "random", "eval_samples": 200}  # fmt: skip
+ON_GPU = {"image_size": 64, "channels": 128, "batch_size": 64, "teacher_steps": 50_000, "steps": 20_000, "lr": 2e-4,
+          "teacher_lr": 2e-4, "decay": "constant", "warmup": 500, "ema": 0.999, "dropout": 0.1, "importance": "taylor",
+          "eval_samples": 2000}  # fmt: skip
+FEW = {"channels": 64, "teacher_norm_groups": 8, "teacher_steps": 20_000, "steps": 10_000}
+SIZES: dict[str, list[tuple[bool, float, dict[str, Any]]]] = {  # by data set: (on a GPU?, images at most, settings)
+    "folder": [(False, inf, ON_CPU), (True, 5_000, ON_GPU | FEW), (True, inf, ON_GPU)]
+}
+OPEN = ("image_size", "channels", "batch_size", "teacher_steps", "steps", "lr", "teacher_lr", "decay", "warmup", "ema",
+        "dropout", "importance", "eval_samples")  # fmt: skip
+SHAPE = {"channel_mults", "num_res_blocks", "teacher_norm_groups"}  # these go with `channels`
+
 # A --prune between two lines of a data set takes the next one. What is not in one of the paper's tables is ours (celeba
 # at 0.3 is only in the released code).
 PRESETS: list[dict[str, Any]] = [
@@ -119,9 +136,8 @@ PRESETS: list[dict[str, Any]] = [
     LSUN | {"dataset": "lsun_church", "prune": 1.0, "steps": 500_000},
     PAPER | {"dataset": "cifar10", "image_size": 32, "prune": 1.0, "steps": 100_000, "batch_size": 128,
              "network": {"channel_mults": (1, 2, 2, 2)}},
-    PAPER | {"dataset": "folder", "image_size": 64, "prune": 1.0, "steps": 20_000, "batch_size": 64, "ema": 0.999,
-             "warmup": 500, "eval_samples": 2000, "teacher": "train", "teacher_steps": 50_000,
-             "network": {"channel_mults": (1, 2, 2, 2)}},
+    PAPER | {"dataset": "folder", "prune": 1.0, "teacher": "train", "sample_steps": 50,
+             "network": {"channel_mults": (1, 2, 2, 2)}, **dict.fromkeys(OPEN)},
     IMAGENET | {"prune": 0.5},  # DiT-D14
     IMAGENET | {"prune": 0.75},  # D7
     IMAGENET | {"prune": 0.86},  # D4
@@ -219,6 +235,7 @@ class Settings:
     channel_mults: tuple[int, ...] | None = option(
         None, "unet: its widths at all levels in multiples of that, as 1,2,2", numbers, low=1
     )
+    num_res_blocks: int | None = option(None, "unet: its blocks at every level", int, low=1)
     teacher_norm_groups: int | None = option(None, "unet: groups of its norms; of about 4 channels", int, low=1)
     process: str | None = option(None, "of time: what is predicted, noise, v or velocity", choices=tuple(PROCESSES))
     steps: int | None = option(None, "distillation steps", int, low=1)
@@ -336,7 +353,7 @@ class Settings:
             raise ValueError(
                 "--kd none learns from the data alone: with --fold-steps give --lambda-diff 1, or another above 0"
             )
-        if 0 < self.eval_samples < 6:
+        if 0 < (self.eval_samples or 0) < 6:
             raise ValueError(f"--eval-samples {self.eval_samples} cannot be used, it must be 0 (none) or at least 6")
 
     def _refuse_fold(self) -> None:
@@ -473,15 +490,20 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None = None, description: str | None = None) -> Settings:
     """Settings from the command line of train.py; ends the program after --help and the like, and after a mistake."""
+    return parse_command(argv, description)[0]
+
+
+def parse_command(argv: list[str] | None = None, description: str | None = None) -> tuple[Settings, bool]:
+    """The same, and whether it is only a --dry-run."""
     parser = Parser("train.py", description)
     parser.add_options(Settings, presets=tuple(PRESETS[0]))
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings, the sizes, what is missing; stop")
     parser.add_argument("--list-presets", action="store_true", help="print the table of presets and stop")
     settings, asked = parser.read(argv, Settings, "dry_run", "list_presets")
-    if any(asked.values()):
-        print(presets() if asked["list_presets"] else json.dumps(plain(settings), indent=2))
+    if asked["list_presets"]:
+        print(presets())
         parser.exit(0)
-    return settings
+    return settings, asked["dry_run"]
 
 
 def presets() -> str:

@@ -335,15 +335,7 @@ PUBLIC = {
 def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers") -> Network:
     """The public teacher of a data set of `PUBLIC`, downloaded into `cache` once, by one process; on the CPU, in eval
     mode. ValueError: another data set, a damaged file. OSError: the file cannot be had."""
-    if dataset not in PUBLIC:
-        use = "use --teacher PATH or --teacher train"
-        raise ValueError(f"no public teacher is known for {dataset}, only for {', '.join(PUBLIC)}: {use}")
-    public = PUBLIC[dataset]
-    path = Path(cache) / public.file
-    others = f"--teacher {public.hub} or --teacher train" if public.hub else "--teacher train"
-    by_hand = f"fetch {public.url} with a browser and give it as --teacher PATH (or put it at {path}), or use {others}"
-    if public.by_hand and not path.is_file():
-        raise FileNotFoundError(f"the public teacher for {dataset} cannot be downloaded by a program: {by_hand}")
+    public, path, by_hand = find_public(dataset, cache)
     try:
         if not public.by_hand:
             download(public.url, path, public.md5)
@@ -356,6 +348,21 @@ def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers") -> 
         return build(public.kind, public.config, weights).eval()
     except ValueError as error:
         raise ValueError(f"{path} is no teacher for {dataset}: {error}") from error
+
+
+def find_public(dataset: str, cache: str | os.PathLike = "runs/teachers") -> tuple[Public, Path, str]:
+    """The public teacher of a data set, its place in `cache`, and how to get it by hand. ValueError: none is known.
+    FileNotFoundError: it is not there, and no program can fetch it."""
+    if dataset not in PUBLIC:
+        use = "use --teacher PATH or --teacher train"
+        raise ValueError(f"no public teacher is known for {dataset}, only for {', '.join(PUBLIC)}: {use}")
+    public = PUBLIC[dataset]
+    path = Path(cache) / public.file
+    others = f"--teacher {public.hub} or --teacher train" if public.hub else "--teacher train"
+    by_hand = f"fetch {public.url} with a browser and give it as --teacher PATH (or put it at {path}), or use {others}"
+    if public.by_hand and not path.is_file():
+        raise FileNotFoundError(f"the public teacher for {dataset} cannot be downloaded by a program: {by_hand}")
+    return public, path, by_hand
 
 
 def download(url: str, path: Path, md5: str | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from distil import data, prepare
 from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
 from distil.process import DDPM
-from distil.settings import DEPTH_METHODS, Settings, parse, plain
+from distil.settings import DEPTH_METHODS, OPEN, Settings, parse, plain
 from models import DiT, UNet, prune_depth
 
 CPU = torch.device("cpu")
@@ -116,7 +116,6 @@ TEACHERS = {
     "--dataset celeba --prune 0.5 --teacher train": "celeba64-b667e6a1",
     "--dataset latents --data x": "latents-6ea9d9ac",
     "--dataset cifar10 --prune 0 --fold-steps 125 --kd out --teacher train": "cifar1032-a0897735",
-    "--data x --seed 3": "folder64-c226ae90",
 }
 
 
@@ -136,6 +135,13 @@ def test_a_teacher_is_kept_where_earlier_runs_look_for_it():
         assert teacher_settings(parse(other.split())).out != default
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A command line on a machine with a GPU and 10,000 images."""
+    monkeypatch.setattr(data, "image_files", lambda folder: ["a.png"] * 10_000)
+    return lambda *arguments: prepare.sized(parse(list(arguments)), torch.device("cuda"))
+
+
 def gray(size: int, channels: int = 1) -> data.Images:
     return data.Images(np.zeros((8, channels, size, size), np.uint8), None, "folder", True)
 
@@ -153,9 +159,9 @@ def gray(size: int, channels: int = 1) -> data.Images:
         ("--dataset digits --channels 32 --data", (1, 2), 8),  # which says so itself
     ],
 )
-def test_a_network_of_our_own_fits_its_width_and_its_images(arguments, mults, groups):
+def test_a_network_of_our_own_fits_its_width_and_its_images(arguments, mults, groups, on_gpu):
     where = [] if "digits" in arguments else ["--data", "x"]
-    settings = parse([*arguments.removesuffix(" --data").split(), *where])
+    settings = on_gpu(*arguments.removesuffix(" --data").split(), *where)
     config = prepare.network_config(settings)
     assert (tuple(config["channel_mults"]), config.get("norm_groups")) == (mults, groups)
     with torch.device("meta"):
@@ -172,15 +178,15 @@ def test_a_network_of_our_own_fits_its_width_and_its_images(arguments, mults, gr
         ("--channels 20 --teacher-norm-groups 8", "cannot be split into 8 groups"),
     ],
 )
-def test_a_network_that_cannot_be_built_is_refused(arguments, message):
-    settings = parse(["--data", "x", *arguments.split()])
+def test_a_network_that_cannot_be_built_is_refused(arguments, message, on_gpu):
+    settings = on_gpu("--data", "x", *arguments.split())
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         prepare.new_network(settings, gray(settings.image_size))
 
 
-def test_another_shape_or_other_groups_are_another_teacher():
+def test_another_shape_or_other_groups_are_another_teacher(on_gpu):
     others = ("", "--channels 32", "--channel-mults 1,2", "--teacher-norm-groups 8", "--teacher-norm-groups 16")
-    own = [teacher_settings(parse(["--data", "x", *more.split()])) for more in others]
+    own = [teacher_settings(on_gpu("--data", "x", *more.split())) for more in others]
     assert len({settings.out for settings in own}) == 5
     assert prepare.network_config(own[2])["channel_mults"] == (1, 2) and own[3].teacher_norm_groups == 8
 
@@ -197,6 +203,64 @@ def test_a_teacher_of_norms_of_one_channel_and_little_pruning_are_said(capsys, m
     prepare.of_channels(run, UNet(8, 1, channels=32, channel_mults=(1, 2), norm_groups=4), DDPM(), None, 0)
     prepare.check_students(Settings(), data.load("digits"), None, None)
     assert not capsys.readouterr().err
+
+
+def test_the_size_of_a_run_on_a_folder_follows_the_device_and_the_number_of_images(monkeypatch):
+    names = [f"{i}.png" for i in range(300)]
+    monkeypatch.setattr(data, "image_files", lambda folder: names)
+    open_, cuda = parse(["--data", "x", "--lr", "0.1"]), torch.device("cuda")
+    assert (open_.steps, open_.image_size, open_.lr) == (None, None, 0.1)
+    small, large = prepare.sized(open_, CPU), prepare.sized(open_, cuda)
+    assert (small.lr, small.out, small.image_size, small.channels) == (
+        0.1,
+        "runs/folder-prune0.9-place-data=x-lr0.1",
+        32,
+        32,
+    )
+    assert (large.channels, large.steps, large.batch_size, large.channel_mults) == (64, 10_000, 64, None)
+    names *= 100
+    full = prepare.sized(parse(["--data", "x", "--seed", "3"]), cuda)
+    assert full.channels == 128 and teacher_settings(full).out == "runs/teachers/folder64-c226ae90"  # as ever
+    wide = prepare.sized(parse(["--data", "x", "--channels", "48", "--steps", "7"]), CPU)
+    assert (wide.channels, wide.channel_mults, wide.teacher_norm_groups, wide.steps) == (48, None, None, 7)
+    for settings in (small, large, wide):
+        assert None not in {getattr(settings, name) for name in OPEN} and prepare.sized(settings, CPU) == settings
+        assert teacher_settings(settings).lr == settings.teacher_lr
+    assert prepare.sized(Settings(), cuda) == Settings()
+    teacher, student = prepare.sketch(small, prepare.pretended(small))
+    assert (len(student.conv_in.weight), student.conv_in.weight.device.type) == (4, "meta")  # of 32
+    assert 0.01 < count(student) / count(teacher) < 0.02
+
+
+def count(net) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_a_dry_run_says_what_there_is_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_unet().save("net")
+    (tmp_path / "x").mkdir()
+    last = {
+        "--channels 16": ["digits; what is not in data/", "is trained first, 1,700 steps", "1,500 steps of 32 images"],
+        "--teacher net": ["digits", "teacher: net", "; students "],
+        "--teacher nope.pth": ["digits", "nope.pth is missing"],
+        "--dataset celeba --data y": [
+            "y is missing",
+            "is missing: it is that of https",
+            "teacher 78,700,803 parameters",
+        ],
+        "--dataset imagenet --data x": ["data: x", "DiT-XL-2-256x256.pt is missing"],
+        "--dataset latents --arch sd --data x --teacher a/b": [
+            "data: x",
+            "a/b is no folder here, so it is taken from the",
+        ],
+    }
+    for arguments, words in last.items():
+        lines = prepare.dry_run(parse([*arguments.split(), "--device", "cpu"])).splitlines()
+        told = lines[lines.index("}") + 1 :]
+        assert len(told) == len(words) and all(map(str.__contains__, told, words)), told
+    assert "1,312,076 (1.7%)" in prepare.dry_run(parse(["--dataset", "celeba"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "x"]
 
 
 @pytest.mark.parametrize("flow", [True, False])
@@ -315,7 +379,7 @@ class OtherVae:
 
 
 def test_what_the_data_does_not_know_is_asked_for(monkeypatch):
-    settings = Settings(data="pictures")
+    settings = Settings(data="pictures", image_size=8, eval_samples=9)
     prepare.check_conditions("--teacher X", (), settings, images_of())
     with pytest.raises(
         ValueError, match="--teacher X needs classes, and pictures has none: put its images into one fo"

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 # a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
 TINY = ["--channels", "16", "--teacher-steps", "3", "--prune", "0.5", "--steps", "6",
         "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
-        "--preview-every", "0",        "--device", "cpu"]  # fmt: skip
+        "--preview-every", "0", "--device", "cpu"]  # fmt: skip
 FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
 SMALL = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
 
@@ -195,6 +195,7 @@ def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
     torch.save([ema, {}, 0, 0, ema], "ema.ckpt")
     where = ["--dataset", "celeba", "--data", "files", "--teacher", "ema.ckpt", "--out", "runs/celeba"]
     few = ["--prune", "0.9", "--importance", "random", "--steps", "2", "--batch-size", "1", "--device", "cpu"]
+    few += ["--preview-every", "0"]
     assert train.main(parse([*where, *few])) == 0
     rows = (found("celeba")["teacher"], *found("celeba")["students"])
     sizes = [(row["parameters"], round(row["macs"] / 1e9, 3)) for row in rows]
@@ -630,7 +631,7 @@ REFUSED = [
     ("--arch dit --keep 0,two", "0,two"),
     ("--keep 0,1", "use --prune, or --arch dit"),
     ("--arch dit --dataset celeba", "--arch dit has no preset for celeba"),
-    ("--arch sd --dataset latents --data x", "there is no folder", "latents"),
+    ("--arch sd --dataset latents --data x", "--arch sd needs --teacher, a diffusers pipeline"),
     ("--dataset imagenet --depth-method luck", "--depth-method luck"),
     ("--dataset imagenet", "latents need --data"),
     ("--dataset lsun_church", "church_outdoor_train_lmdb", "--data"),
@@ -644,6 +645,11 @@ REFUSED = [
     ("--lr nan", "--lr nan", "above 0"),
     ("--schedule liner", "did you mean linear"),
     ("--bogus", "--bogus"),
+    ("--dataset folder", "--dataset folder needs --data"),
+    ("--data nowhere", "there is no folder nowhere"),
+    ("--teacher nope.pth", "--teacher nope.pth: there is no such file"),
+    ("--dataset celeba --teacher nope.pth", "--teacher nope.pth: there is no such file"),  # before data are fetched
+    ("--dataset celeba --data x", "the public teacher for celeba cannot be downloaded"),
     ("--log wandb", "--log wandb", "pip install wandb"),
     ("--fsdp", "--fsdp splits the students", "torchrun"),
     ("--teacher {rgb}", "takes samples of shape (3, 16, 16), not (1, 8, 8)"),
