@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import train
-from distil import calibrate, data, evaluate, machine, metrics, sample
+from distil import calibrate, data, evaluate, machine, metrics, report, sample
 from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration
 from distil.doctor import open_case
 from distil.process import DDPM, Guided, RectifiedFlow, process_of
@@ -244,6 +244,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrate")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(report, "curves", lambda *_: None)  # would take longer than training
+        patch.setattr(metrics, "macs", lambda net: 0)
         tiny = ["--channels", "16", "--steps", "4", "--teacher-steps", "4", "--batch-size", "4", "--sample-steps", "3"]
         assert train.main(parse([*tiny, "--kd", "none", "place", "--eval-samples", "0", "--out", "runs/tiny"])) == 0
     return folder
@@ -252,6 +254,7 @@ def folder(tmp_path_factory):
 def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(metrics, "digit_classifier", lambda size: metrics.DigitClassifier().eval())  # trained in vain
+    monkeypatch.setattr(metrics, "macs", lambda net: 0)
     assert calibrate.main(["runs/tiny", "--num", "12", "--out", "shown"]) == 0
     table = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
@@ -277,10 +280,8 @@ def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypat
     both = samples()
     assert both["tiny-none-0-calibrated"] != both["tiny-none-0"] and len(both) == 4
     real = ["--dataset", "digits", "--num", "12", "--out", "scores"]
-    for flags in ([], ["--no-calibration"]):
-        assert evaluate.main(["runs/tiny/student/none-0", *real, *flags], metrics.pixels) == 0
-    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| none")]
-    assert names == ["none-0-calibrated", "none-0"]
+    assert evaluate.main(["runs/tiny/student/none-0", *real], metrics.pixels) == 0
+    assert "| none-0-calibrated |" in capsys.readouterr().out
 
 
 def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_path, monkeypatch, capsys):
