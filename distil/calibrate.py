@@ -90,6 +90,11 @@ class Calibrated(Network):
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         return self.head(x_t, t, self.net(x_t, t, cond))
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the network and its calibration; `load(folder)` gives both back."""
+        self.net.save(folder)
+        self.head.save(folder)
+
 
 for _name in (*Network.__annotations__, "fit", "no_condition", "attention_macs", "settle"):  # as the network has them
     setattr(Calibrated, _name, property(attrgetter(f"net.{_name}")))

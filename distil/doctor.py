@@ -171,12 +171,10 @@ REMEDIES = {  # what a student is sampled with, and how a user gets that
 def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
     """The student with each of `REMEDIES`; without clamping where its process, or what its samples are, has none."""
     net, process = case.students[name], case.sampler["process"]
-    nets = {"as it is": net, "calibrated": Calibrated(net, calibration)}
-    ways = [Way(remedy, one, {"method": remedy}) for remedy, one in nets.items()]
+    ways = [("as it is", net, None), ("calibrated", Calibrated(net, calibration), None)]
     if case.sampler["vae"] is None and case.clamped.sampler != process.sampler:
-        names = {"as it is": "clamped", "calibrated": "calibrated, clamped"}
-        ways += [Way(names[way.name], way.net, {"method": names[way.name]}, case.clamped) for way in ways]
-    return ways
+        ways += [("clamped", net, case.clamped), ("calibrated, clamped", ways[1][1], case.clamped)]
+    return [Way(f"{name}, {remedy}", one, {"method": remedy}, how) for remedy, one, how in ways]
 
 
 def advice(run: Path, distances: dict[str, float], lonely: int) -> str:
@@ -212,15 +210,17 @@ def main(argv: list[str] | None = None) -> int:
     case, _ = read(parser("distil.doctor", __doc__, "folder of a run, or of a saved network"), argv, num=64)
     times, calibrations = case.times, case.fit()
     gain = first_gain(case.sampler["process"], times[0])
+    ways = {name: remedies(name, calibration, case) for name, calibration in calibrations.items()}
+    (teacher, *rows), _ = case.compare(way for of_one in ways.values() for way in of_one)
     for name, net in case.students.items():
+        its, rows = rows[: len(ways[name])], rows[len(ways[name]) :]
         lonely, norms = lonely_norms(net), sum(isinstance(layer, nn.GroupNorm) for layer in net.modules())
-        rows, _ = case.compare(remedies(name, calibrations[name], case))
         found = lines(net, case, times[:: max(1, len(times) // 6)])
         print(f"\n{name}: {lonely} of {norms} norms have one channel a group, which erases its mean and scale")
         print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
-        print(f"\n{report.table(rows)}\n")
-        print(advice(case.folders[name], {row["method"]: row["teacher_mse"] for row in rows[1:]}, lonely))
+        print(f"\n{report.table([teacher, *its])}\n")
+        print(advice(case.folders[name], {row["method"]: row["teacher_mse"] for row in its}, lonely))
     return 0
 
 

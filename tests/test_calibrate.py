@@ -171,7 +171,7 @@ def test_saved_and_loaded_bit_for_bit_and_off_by_one_word(tmp_path):
     student.save(tmp_path)
     assert type(calibrate.load(tmp_path)) is UNet
     found = fit_calibration(student, teacher, DDPM(), images(), TIMES, draws=1)
-    found.save(tmp_path)
+    Calibrated(student, found).save(tmp_path)
     loaded = calibrate.load(tmp_path)
     assert torch.equal(loaded(x, t), Calibrated(student, found)(x, t)) and not torch.equal(loaded(x, t), student(x, t))
     assert torch.equal(calibrate.load(tmp_path, calibrated=False)(x, t), student(x, t))
