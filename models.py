@@ -81,8 +81,16 @@ class Network(nn.Module):
         remove = (channels - int(channels * (1 - ratio))) // groups
         return groups, 1, max(1, channels // groups - remove)
 
-    def narrowed(self, cut: "Network", ratio: float, norm_groups: str) -> "Network":
+    def narrowed(self, cut: "Network", ratio: float) -> "Network":
         """An independent network of this kind with the weights of `cut`, a copy that torch-pruning made narrower."""
+        raise NotImplementedError
+
+    def norms(self) -> dict[str, nn.GroupNorm]:
+        """All norm layers of groups by name."""
+        return {name: layer for name, layer in self.named_modules() if isinstance(layer, nn.GroupNorm)}
+
+    def with_groups(self, groups: dict[str, int]) -> "Network":
+        """An independent network with the same weights under norms of about so many groups each."""
         raise NotImplementedError
 
     def keep_blocks(self, keep: list[int]) -> "Network":
@@ -367,10 +375,6 @@ class UNet(Network):
         self.set_norm_groups(norm_groups)
         self.set_head(head)
 
-    def norms(self) -> dict[str, nn.GroupNorm]:
-        """All norm layers by name."""
-        return {name: layer for name, layer in self.named_modules() if isinstance(layer, nn.GroupNorm)}
-
     def set_norm_groups(self, norm_groups: int | dict[str, int]) -> None:
         """The groups of every norm, or {norm layer name: groups}; ValueError if they do not divide its channels."""
         norms = self.norms()
@@ -384,13 +388,14 @@ class UNet(Network):
                 raise ValueError(f"norm_groups: {name} has {cut}")
         self.config["norm_groups"] = norm_groups
 
-    def narrowed(self, cut: "UNet", ratio: float, norm_groups: str) -> "UNet":
-        wanted = {}
-        for name, norm in self.norms().items():
-            width, groups = cut.get_submodule(name).num_channels, norm.num_groups
-            kept = norm.num_channels // groups if norm_groups == "scale" else math.ceil(width / groups)
-            wanted[name] = _groups(width, kept)
-        return self.like({**self.config, "norm_groups": _common(wanted)}, cut.state_dict())
+    def narrowed(self, cut: "UNet", ratio: float) -> "UNet":
+        widths = {name: cut.get_submodule(name).num_channels for name in self.norms()}
+        groups = {name: norm.num_groups for name, norm in self.norms().items()}
+        groups = {name: _groups(width, math.ceil(width / groups[name])) for name, width in widths.items()}
+        return self.like({**self.config, "norm_groups": _common(groups)}, cut.state_dict())
+
+    def with_groups(self, groups: dict[str, int]) -> "UNet":
+        return self.like({**self.config, "norm_groups": _common(groups)}, self.state_dict())
 
     @classmethod
     def empty(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "UNet":
@@ -802,10 +807,11 @@ def prune_channels(
             gone = lowest[..., None] * run + torch.arange(run)  # (g, n - stay, run)
             graph.get_pruning_group(root, prune, sorted(gone.flatten().tolist())).prune()
     cut.head = head
-    return net.narrowed(cut, ratio, norm_groups)
+    small = net.narrowed(cut, ratio)
+    return small if norm_groups == "keep" else regroup(small, group_widths(net))
 
 
-def regroup(net: UNet, channels_per_group: int | dict[str, int]) -> UNet:
+def regroup(net: Network, channels_per_group: int | dict[str, int]) -> Network:
     """An independent copy of `net` whose norms have groups of this many channels: the same weights, another function.
 
     Pruning leaves norms of one channel a group, which erase its mean and scale; wider groups keep them. The network
@@ -820,10 +826,10 @@ def regroup(net: UNet, channels_per_group: int | dict[str, int]) -> UNet:
     if wanted.keys() != norms.keys():
         raise ValueError(f"channels_per_group must name the norms {', '.join(norms)}, not {', '.join(wanted)}")
     groups = {name: _groups(norm.num_channels, wanted[name]) for name, norm in norms.items()}
-    return net.like({**net.config, "norm_groups": _common(groups)}, net.state_dict())
+    return net.with_groups(groups)
 
 
-def group_widths(net: UNet) -> dict[str, int]:
+def group_widths(net: Network) -> dict[str, int]:
     """{norm layer name: channels in each of its groups}."""
     return {name: norm.num_channels // norm.num_groups for name, norm in net.norms().items()}
 

@@ -278,9 +278,7 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
         note(f"WARNING: {lonely} norms of the teacher have one channel a group and erase its mean and scale: {remedy}")
     if source.pruning == "stages" and settings.student is None:
         raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
-    if (
-        source.pruning == "channels" and source.source is not None and student is None
-    ):  # not all of others can be pruned
+    if source.pruning == "channels" and source.source is not None and student is None:  # some cannot be pruned
         prune_channels(copy.deepcopy(source).to("meta"), settings.prune, "random", settings.norm_groups)
     if student is not None and len(student.blocks) > len(source.blocks):
         more = f"{len(student.blocks)} blocks, its teacher {len(source.blocks)}"

@@ -265,16 +265,12 @@ class PixelUNet(Diffusers):
         groups = math.gcd(self._groups(), channels)
         return groups, 1, left.get(channels, channels) // groups
 
-    def narrowed(self, cut: Network, ratio: float, norm_groups: str) -> "PixelUNet":
+    def narrowed(self, cut: Network, ratio: float) -> "PixelUNet":
         left, state, config = self.widths_left(ratio), cut.net.state_dict(), dict(self.config)
         widths = config["block_out_channels"]
         config["block_out_channels"] = [left[width] for width in widths]
         if config["time_embedding_dim"] is not None:
             config["time_embedding_dim"] = len(state["time_embedding.linear_1.weight"])
-        for name in GROUPS if norm_groups == "scale" else ():
-            if (groups := config[name]) is not None:  # as few as keep the channels in each
-                fit = min(groups * keep // width for width, keep in left.items())
-                config[name] = max(n for n in range(1, groups + 1) if groups % n == 0 and n <= max(1, fit))
         if config["time_embedding_type"] == "positional":  # the nearest of its frequencies
             old, new, shift = widths[0] // 2, left[widths[0]] // 2, config["freq_shift"]
             kept = [round(i * (old - shift) / max(1, new - shift)) for i in range(new)]
@@ -284,6 +280,13 @@ class PixelUNet(Diffusers):
             return self.like(config, {name: tensor.clone() for name, tensor in state.items()})
         except ValueError as error:
             raise ValueError(f"a {self.source} like this cannot be pruned, give it a --student: {error}") from error
+
+    def with_groups(self, groups: dict[str, int]) -> "PixelUNet":
+        config, fewest = dict(self.config), min(groups.values())  # it has one number for all
+        for name in GROUPS:
+            if config[name] is not None:
+                config[name] = max(n for n in range(1, fewest + 1) if config[name] % n == 0)
+        return self.like(config, {name: tensor.clone() for name, tensor in self.net.state_dict().items()})
 
 
 GROUPS = ("norm_num_groups", "attn_norm_num_groups")  # settings that hold numbers of groups

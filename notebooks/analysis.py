@@ -8,6 +8,9 @@
     distil(teacher, images, settings, process, losses)               students of any losses, by the step of train.py
     committed(name)                                                  the numbers of a run that is kept in benchmarks/
 
+They go for every network and process: `cond` is what a network is told, of an output that also has a variance the
+prediction is looked at, and a sampler's steps are those of the process.
+
 Symbols as in `lift_place`: e_S and e_T are the outputs of student and teacher at one noised input, b0 + b1 e_S the line
 that fits e_T best; B batch, C channels, G groups, S sampling steps, T the number of timesteps that are looked at.
 Sources: the paper's Fig. 2 (corrected sampling), Figs. 3, 8, 9 (error maps), arXiv 2605.19729.
@@ -29,13 +32,14 @@ import train
 from distil import data, machine, metrics, sample
 from distil.fast_loss import lift, place
 from distil.prepare import batches, prepare
-from distil.process import Process
+from distil.process import Process, split
 from distil.report import COLORS
 from distil.settings import Settings, plain
 from distil.students import Student
 from lift_place import Distillation
 from models import Network, load, prune_channels
 
+Cond = dict[str, Tensor] | None  # of a network, (B, ...) each
 Loss = Callable[[Tensor, Tensor, int], Tensor]  # (e_S, e_T, step) -> what is added to the diffusion loss, ()
 Nets = dict[tuple[str, int], Network]  # {(name of the loss, seed): its student}
 
@@ -57,6 +61,11 @@ def apply_lines(x: Tensor, parts: Distillation, groups: Tensor) -> Tensor:
 # ---- Regression-corrected sampling (paper, Fig. 2) -------------------------------------------------------------------
 
 
+def predict(net: nn.Module, x: Tensor, t: float, cond: Cond = None) -> Tensor:
+    """The prediction of a network at time t for all of x (B, C, *spatial), without its variance: as x."""
+    return split(net(x, torch.full((len(x),), t, device=x.device), cond), x.shape[1])[0].float()
+
+
 class SamplingPath(NamedTuple):
     """One network's way from noise to images."""
 
@@ -66,11 +75,11 @@ class SamplingPath(NamedTuple):
 
 
 @torch.no_grad()
-def sampling_path(net: nn.Module, process: Process, noise: Tensor, steps: int) -> SamplingPath:
+def sampling_path(net: nn.Module, process: Process, noise: Tensor, steps: int, cond: Cond = None) -> SamplingPath:
     """Sampling as `process.sample` does it (eta 0), with everything on the way kept. noise: (B, C, *spatial)."""
     times, states, outputs = [*process.timesteps(steps), process.clean], [noise], []
     for t, t_next in pairwise(times):
-        outputs.append(net(states[-1], torch.full((len(noise),), t, device=noise.device)))
+        outputs.append(predict(net, states[-1], t, cond))
         states.append(process.step(states[-1], outputs[-1], t, t_next))
     return SamplingPath(times, torch.stack(states), torch.stack(outputs))
 
@@ -78,7 +87,7 @@ def sampling_path(net: nn.Module, process: Process, noise: Tensor, steps: int) -
 @torch.no_grad()
 def corrected_path(
     student: nn.Module, process: Process, path: SamplingPath, teacher: nn.Module | None = None,
-    group_size: int | None = None,
+    group_size: int | None = None, cond: Cond = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sample a student that steps with b0 + b1 e_S, the line of each step, image and channel.
 
@@ -95,12 +104,11 @@ def corrected_path(
     """
     x, b0, b1 = path.states[0], [], []
     for i, (t, t_next) in enumerate(pairwise(path.times)):
-        now = torch.full((len(x),), t, device=x.device)
-        e_s = student(x, now)
+        e_s = predict(student, x, t, cond)
         if teacher is None:
-            at, e_t = student(path.states[i], now), path.outputs[i]
+            at, e_t = predict(student, path.states[i], t, cond), path.outputs[i]
         else:
-            at, e_t = e_s, teacher(x, now)
+            at, e_t = e_s, predict(teacher, x, t, cond)
         if group_size is None:
             parts, groups = lift(at, e_t), torch.zeros_like(x, dtype=torch.int64)
         else:
@@ -115,16 +123,17 @@ def corrected_path(
 
 
 @torch.no_grad()
-def outputs_at(nets: Iterable[nn.Module], process: Process, x0: Tensor, t: int, seed: int = 0) -> list[Tensor]:
-    """Each network's output (B, C, *spatial) at the images x0 noised to timestep t; one noise for all t of a seed."""
+def outputs_at(
+    nets: Iterable[nn.Module], process: Process, x0: Tensor, t: float, seed: int = 0, cond: Cond = None
+) -> list[Tensor]:
+    """Each network's prediction (B, C, *spatial) at the images x0 noised to time t; one noise for all t of a seed."""
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    times = torch.full((len(x0),), t, device=x0.device)
-    x_t = process.add_noise(x0, noise, times)
-    return [net(x_t, times) for net in nets]
+    x_t = process.add_noise(x0, noise, torch.full((len(x0),), t, device=x0.device))
+    return [predict(net, x_t, t, cond) for net in nets]
 
 
 def error_by_timestep(
-    student: nn.Module, teacher: nn.Module, process: Process, x0: Tensor, timesteps: Sequence[int]
+    student: nn.Module, teacher: nn.Module, process: Process, x0: Tensor, timesteps: Sequence[float], cond: Cond = None
 ) -> dict[str, Tensor]:
     """The student's mean squared error against the teacher, taken apart by the lines that `lift` fits.
 
@@ -136,7 +145,7 @@ def error_by_timestep(
     """
     found = []
     for t in timesteps:
-        e_s, e_t = outputs_at((student, teacher), process, x0, t)
+        e_s, e_t = outputs_at((student, teacher), process, x0, t, cond=cond)
         line, total = lift(e_s, e_t), (e_t - e_s).square().mean()
         row = {"total": total, "fine": line.fine, "coarse": total - line.fine}
         found.append(row | {"b0_abs": line.b0.abs().mean(), "b1_abs": (line.b1 - 1).abs().mean()})
@@ -144,13 +153,14 @@ def error_by_timestep(
 
 
 def error_maps(
-    student: nn.Module, teacher: nn.Module, process: Process, x0: Tensor, timesteps: Sequence[int], draws: int = 1
-) -> Tensor:
+    student: nn.Module, teacher: nn.Module, process: Process, x0: Tensor, timesteps: Sequence[float], draws: int = 1,
+    cond: Cond = None,
+) -> Tensor:  # fmt: skip
     """(e_T - e_S)^2 averaged over channels and over `draws` noises, the same for all timesteps: (T, B, H, W), CPU."""
     maps = torch.zeros(len(timesteps), len(x0), *x0.shape[2:])
     for i, t in enumerate(timesteps):
         for seed in range(draws):
-            e_s, e_t = outputs_at((student, teacher), process, x0, t, seed)
+            e_s, e_t = outputs_at((student, teacher), process, x0, t, seed, cond)
             maps[i] += (e_t - e_s).square().mean(1).cpu() / draws  # (B, H, W)
     return maps
 

@@ -13,11 +13,12 @@ from distil.prepare import prepare, teacher_settings
 from distil.process import DDPM, RectifiedFlow
 from distil.settings import Settings
 from lift_place import PRESETS, lift
-from models import UNet, load
+from models import DiT, UNet, load
 from notebooks import analysis
 
 matplotlib.use("Agg")
-PROCESSES = pytest.mark.parametrize("process", [DDPM(), RectifiedFlow()], ids=["ddpm", "flow"])
+KINDS = {"ddpm": DDPM(), "flow": RectifiedFlow(), "v": DDPM(prediction="v"), "folded": DDPM(clip_x0=True).fold(20)}
+PROCESSES = pytest.mark.parametrize("process", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture
@@ -71,6 +72,33 @@ def test_a_student_that_is_a_line_away_is_corrected_to_the_teacher(nets, process
     for options in ({}, {"teacher": teacher}, {"group_size": 16}):
         right, *_ = analysis.corrected_path(student, process, path, **options)
         torch.testing.assert_close(right, path.states[-1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("process", [DDPM(), RectifiedFlow()], ids=["ddpm", "flow"])
+def test_all_of_it_goes_for_transformers_that_are_told_the_class(process):
+    """Of DDPM's they predict a variance, too, which no line and no map is about."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "learn_sigma": process.whole_t}
+    student, teacher = (DiT(8, 2, 1, **size).eval().requires_grad_(False) for _ in range(2))
+    for net in (student, teacher):
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)  # with adaLN-Zero it would predict nothing
+    noise, x0, cond = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8), {"y": torch.tensor([0, 2])}
+    path = analysis.sampling_path(teacher, process, noise, 4, cond)
+    assert torch.equal(path.states[-1], process.sample(teacher, noise.shape, 4, cond, noise=noise))
+    assert path.outputs.shape == (4, 2, 1, 8, 8) and path.times[-1] == process.clean
+    own = analysis.corrected_path(teacher, process, path, cond=cond)[0]
+    torch.testing.assert_close(own, path.states[-1], rtol=1e-3, atol=1e-3)  # it has nothing to correct
+    far = (process.sample(student, noise.shape, 4, cond, noise=noise) - path.states[-1]).square().mean()
+    near = (analysis.corrected_path(student, process, path, cond=cond)[0] - path.states[-1]).square().mean()
+    assert near < far
+    times = [100, 900]
+    maps = analysis.error_maps(student, teacher, process, x0, times, cond=cond)
+    assert maps.shape == (2, 2, 8, 8) and maps.isfinite().all()
+    found = analysis.error_by_timestep(student, teacher, process, x0, times, cond)
+    torch.testing.assert_close(maps.mean((1, 2, 3)), found["total"])
+    other = analysis.error_maps(student, teacher, process, x0, times, cond={"y": torch.tensor([1, 1])})
+    assert not torch.allclose(maps, other)
 
 
 def test_the_error_by_timestep_adds_up(nets):

@@ -17,7 +17,7 @@ from distil import teachers
 from distil.process import RectifiedFlow, process_of
 from distil.students import Tapped
 from distil.teachers import PUBLIC, load, public_teacher
-from models import UNet, load_checkpoint, prune_channels
+from models import UNet, load_checkpoint, prune_channels, regroup
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -286,6 +286,8 @@ def test_a_unet_of_any_settings_is_a_teacher_and_pruned_it_is_one_of_diffusers_a
         assert again.config.norm_num_groups == (2 if groups == "scale" else 4)
         share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in net.parameters())
         assert share < 0.55
+        fewer = regroup(small, 100)
+        assert fewer.config["norm_num_groups"] == 1 and torch.equal(fewer.net.conv_in.weight, small.net.conv_in.weight)
 
 
 def inspected(names) -> dict:
