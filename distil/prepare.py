@@ -173,8 +173,9 @@ def check_machine(settings: Settings) -> None:
 def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
     """The images to train on, and those that are held out where there are such."""
     with rank_0_first():  # it downloads and decodes; the others find the result
-        given = settings.dataset == "folder" and settings.teacher != "train"
-        channels = 3 if given else None  # a teacher of our own may be gray
+        channels = None  # what the images are
+        if settings.dataset == "folder" and settings.teacher != "train":
+            channels = teachers.load(settings.teacher).shape[0] if Path(settings.teacher).is_dir() else 3
         images = data.load(settings.dataset, settings.data, image_size=settings.image_size, channels=channels)
     n = len(images.images)
     if settings.eval_samples and n < 6:

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distil import data, prepare
 from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
@@ -182,6 +184,18 @@ def test_a_network_that_cannot_be_built_is_refused(arguments, message, on_gpu):
     settings = on_gpu("--data", "x", *arguments.split())
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         prepare.new_network(settings, gray(settings.image_size))
+
+
+def test_gray_images_are_gray_for_a_teacher_of_our_own_and_otherwise_what_the_teacher_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gray").mkdir()
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(f"gray/{i}.png")
+    for channels in (1, 3):
+        UNet(8, channels, channels=8, channel_mults=(1, 2), norm_groups=4).save(f"net{channels}")
+    found = [prepare.open_data(Settings(data="gray", image_size=8, channels=8, teacher=teacher))[0].shape[0]
+             for teacher in ("train", "net1", "net3", "no/where")]  # fmt: skip
+    assert found == [1, 1, 3, 3]
 
 
 def test_another_shape_or_other_groups_are_another_teacher(on_gpu):
