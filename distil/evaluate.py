@@ -87,13 +87,15 @@ def measure(
     if held_out is not None:
         labels = torch.from_numpy(held_out.labels) if "y" in told else None
         found["floor"] = metrics.score(data.to_float(held_out.images), None, real, classifier, labels)
+    notes = dict.fromkeys(ways, f"{found['teacher']['parameters']:,} parameters")
     for student, row in zip(students, found["students"], strict=True):
         way = Way(student.ema, process, settings.sample_steps)
         x = draw(student.name, way)
         row.update(score(x))
         samples.setdefault(student.method, x)  # pictures show the first seed of each method
         ways.setdefault(student.method, way)
-    report.grid(folder / "samples.png", samples, report.columns(teacher.num_classes, n))
+        notes.setdefault(student.method, f"{row['parameters']:,} parameters\n{settings.steps:,} steps")
+    report.grid(folder / "samples.png", samples, report.columns(teacher.num_classes, n), notes=notes)
     sampler = process.sampler
     if others:
         noise = sample.interpolate(teacher.shape, settings.seed)  # turns from one start to another

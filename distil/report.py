@@ -164,8 +164,11 @@ def columns(num_classes: int | None, n: int) -> int:
     return different if num_classes is not None and different <= 16 else 16
 
 
-def grid(path: Path | str, rows: dict[str, Tensor], columns: int = 16, lines: int = 2) -> None:
-    """Draws the first columns * lines samples (n, C, H, W) of each method, C = 1 or 3, teacher on top.
+def grid(
+    path: Path | str, rows: dict[str, Tensor], columns: int = 16, lines: int = 2, notes: dict[str, str] | None = None
+) -> None:
+    """Draws the first columns * lines samples (n, C, H, W) of each method, C = 1 or 3, teacher on top, and below its
+    name the lines of its note.
 
     A place in a band is one noise. Pixels stay crisp; the colour NOT_FINITE marks those that are no numbers.
     """
@@ -176,8 +179,11 @@ def grid(path: Path | str, rows: dict[str, Tensor], columns: int = 16, lines: in
     if channels not in (1, 3):
         raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
     zoom, space, margin = max(1, math.ceil(40 / height)), 3, 16
-    font = ImageFont.load_default(18)
-    left = margin + 24 + math.ceil(max(font.getlength(name) for name, _ in bands))
+    font, small, notes = ImageFont.load_default(18), ImageFont.load_default(12), notes or {}
+    words = [(font, name) for name, _ in bands] + [
+        (small, line) for note in notes.values() for line in note.split("\n")
+    ]
+    left = margin + 24 + math.ceil(max(of.getlength(text) for of, text in words))
     shown = max(min(len(samples), columns * lines) for _, samples in bands)
     step_y, step_x = height * zoom + space, width * zoom + space
     band_height = math.ceil(shown / columns) * step_y + 4 * space
@@ -195,7 +201,10 @@ def grid(path: Path | str, rows: dict[str, Tensor], columns: int = 16, lines: in
             image = Image.fromarray(tile).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
             picture.paste(image, (left + i % columns * step_x, top + i // columns * step_y))
         draw.rectangle((left - 12, top, left - 8, bottom), fill=COLORS.get(name, "black"))
-        draw.text((left - 18, (top + bottom) / 2), name, fill="black", font=font, anchor="rm")
+        note, middle = notes.get(name, ""), (top + bottom) / 2
+        under = 8 * len(note.splitlines())  # half the height of the note
+        draw.text((left - 18, middle - under), name, fill="black", font=font, anchor="rm")
+        draw.text((left - 18, middle + 10), note, fill="#505050", font=small, anchor="rm", align="right")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
 

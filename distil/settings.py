@@ -407,6 +407,18 @@ EVALUATION = {"eval_samples", "sample_steps", "eta", "spacing", "clip_x0", "guid
 NAMED = {"dataset", "arch", "image_size", "student", "prune", "keep", "kd", "seeds"}  # they begin the name of a run
 
 
+GROUPS = {  # of --help: what people want to say with the flags, by the first of them
+    "dataset": "your images, and the kind of network",
+    "prune": "what of the teacher stays in a student",
+    "kd": "methods to compare, and repeats",
+    "teacher": "networks that you have, or the teacher that is trained here",
+    "steps": "how long and how fast students learn",
+    "lambda_diff": "the loss",
+    "eval_samples": "samples and scores at the end",
+    "out": "the folder of the run, the machine, what is logged and saved",
+}
+
+
 def flag(name: str) -> str:
     """The flag of a field: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
@@ -461,9 +473,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def add_options(self, kind: type, presets: tuple[str, ...] = ()) -> None:
-        """A flag for every field of the dataclass `kind`; those named in `presets` have their default from one."""
+    def add_options(self, kind: type, presets: tuple[str, ...] = (), groups: dict[str, str] | None = None) -> None:
+        """A flag for every field of the dataclass `kind`; those named in `presets` have their default from one.
+        groups: the titles under which --help shows the flags, each by the field with which it begins."""
+        group: Any = self
         for item in fields(kind):
+            if title := (groups or {}).get(item.name):
+                group = self.add_argument_group(title)
             limits = item.metadata
             default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
             if default is None:
@@ -475,7 +491,7 @@ class Parser(argparse.ArgumentParser):
             else:
                 given["type"] = limits["kind"]
                 given |= {"nargs": "+"} if isinstance(item.default, tuple) else {}
-            self.add_argument(flag(item.name), **given)
+            group.add_argument(flag(item.name), **given)
 
     def read(self, argv: list[str] | None, kind: type, *others: str) -> tuple[Any, dict[str, Any]]:
         """An object of the dataclass `kind`, and what was given for the arguments `others` that are no fields of it."""
@@ -496,7 +512,7 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> Sett
 def parse_command(argv: list[str] | None = None, description: str | None = None) -> tuple[Settings, bool]:
     """The same, and whether it is only a --dry-run."""
     parser = Parser("train.py", description)
-    parser.add_options(Settings, presets=tuple(PRESETS[0]))
+    parser.add_options(Settings, tuple(PRESETS[0]), GROUPS)
     parser.add_argument("--dry-run", action="store_true", help="print the settings, the sizes, what is missing; stop")
     parser.add_argument("--list-presets", action="store_true", help="print the table of presets and stop")
     settings, asked = parser.read(argv, Settings, "dry_run", "list_presets")
@@ -515,4 +531,7 @@ def presets() -> str:
         values = (row[name] for name in columns)
         lines.append([f"{value:g}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    notes = ["A line is for every --prune up to its own: 1 is for all that no other line of the data set is for.",
+             "None: by the device and the number of images, as --dry-run shows."]  # fmt: skip
+    return "\n".join([*table, "", *notes])

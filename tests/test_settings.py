@@ -85,7 +85,9 @@ def test_a_run_is_named_by_what_differs_from_the_preset():
 def test_all_presets_are_listed(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--list-presets"])
-    head, *lines = capsys.readouterr().out.splitlines()
+    table, notes = capsys.readouterr().out.split("\n\n")
+    head, *lines = table.splitlines()
+    assert "A line is for every --prune up to its own: 1 is for all" in notes
     assert stop.value.code == 0 and len(lines) == len(PRESETS) and len({len(line) for line in (head, *lines)}) == 1
     assert "lambda_feat" in head and lines[5].split()[:4] == ["celeba", "unet", "0.9", "500000"]
 
@@ -104,6 +106,18 @@ def test_the_names_here_are_those_of_the_other_files():
         assert students.find_dtype(Settings(precision=name), students.torch.device("cpu")).is_floating_point
     assert {*settings.FREE, *settings.EVALUATION} <= Settings.__dataclass_fields__.keys()
     assert Settings.__dataclass_fields__.keys() >= evaluate.SAME
+
+
+def test_help_is_grouped_by_what_people_want_to_say(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    titles = [text.index(f"\n{title}:\n") for title in settings.GROUPS.values()]
+    assert titles == sorted(titles) and list(settings.GROUPS) == [
+        n for n in Settings.__dataclass_fields__ if n in settings.GROUPS
+    ]
+    flags = [text.index(f"\n  {settings.flag(name)} ") for name in settings.GROUPS]  # each right below its title
+    assert all(title < flag < title + 200 for title, flag in zip(titles, flags, strict=True))
 
 
 # ---- The parser ------------------------------------------------------------------------------------------------------
