@@ -127,7 +127,7 @@ def fid_table(rows: list[dict[str, Any]], features: str) -> str:
     lines = [["network", *names, "IS", "precision", "recall", "not finite", "params", "MACs"]]
     formats = {"frechet": ".2f", "kid": ".5f", "inception_score": ".2f", "precision": ".3f", "recall": ".3f"}
     for row in rows:
-        values = ["-" if row[key] is None else format(row[key], form) for key, form in formats.items()]
+        values = ["-" if row.get(key) is None else format(row[key], form) for key, form in formats.items()]
         line = [row["name"], *values, str(row["non_finite"] or "-")]
         lines.append([*line, f"{row['parameters']:,}", f"{row['macs'] / 1e9:.3f} G"])
     return aligned(lines)
