@@ -14,18 +14,19 @@ Letters in shape comments: B batch, C channels, H W height and width, N tokens, 
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -170,10 +171,14 @@ class Network(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"class": type(self).__name__, **self.config} | ({"process": self.process} if self.process else {})
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        (folder / "model.safetensors.part").write_bytes(to_bytes(state))  # save_file would shut out all other users
-        (folder / "config.json.part").write_text(json.dumps(config, indent=1) + "\n")
-        for name in FILES:
-            os.replace(folder / f"{name}.part", folder / name)
+        contents = to_bytes(state, sealed(state)), f"{json.dumps(config, indent=1)}\n".encode()
+        for name, content in zip(FILES, contents, strict=True):
+            part = folder / f".{name}.{os.getpid()}.part"
+            with part.open("wb") as file:  # save_file would shut out all other users
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, folder / name)
 
 
 # ---- What instance norms erase ---------------------------------------------------------------------------------------
@@ -649,6 +654,19 @@ def position_table(grid: int, dim: int) -> Tensor:
 NETWORKS = {"UNet": UNet, "DiT": DiT}  # what a config.json may name as its "class"
 
 
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """16 hexadecimal digits that change with any bit of the tensors, wherever they are."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def sealed(state: dict[str, Tensor]) -> dict[str, str]:
+    """The metadata of a .safetensors file with these weights: `read_weights` finds out by them if a bit has changed."""
+    return {"format": "pt", "fingerprint": fingerprint(state[name] for name in sorted(state))}
+
+
 def load(folder: str | os.PathLike) -> Network:
     """The network that `net.save(folder)` wrote, on the CPU, in eval mode; `distil.teachers.load` reads others, too.
 
@@ -670,9 +688,12 @@ def load(folder: str | os.PathLike) -> Network:
             process = {"fold": steps}
         if isinstance(fold := process.get("fold"), int):  # of older files, too: the ends of so many equal parts
             process["fold"] = [(t + 1) * 1000 // fold - 1 for t in range(fold)]
-        net = build(network, config, load_file(folder / "model.safetensors")).eval()
-    except (ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        net = build(network, config, read_weights(folder / "model.safetensors")).eval()
+    except Exception as error:  # a config can be wrong in any way; what torch says of it comes as any kind of error
+        if isinstance(error, OSError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{folder} cannot be loaded: {reason}") from error
     net.process = process
     return net
 
@@ -682,11 +703,21 @@ def build(network: type[Network], config: dict[str, Any], state: dict[str, Tenso
 
     ValueError if the weights do not fit the config.
     """
+    check_sizes(config, state)
     with torch.device("meta"):
         net = network.empty(config, state)
     check_fit(net, state)
     net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return net
+
+
+def check_sizes(config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """ValueError for numbers that these weights cannot have: a network of such a size would fill the memory."""
+    largest = max([10_000, *(size for tensor in state.values() for size in tensor.shape)])
+    for name, value in config.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not 0 <= number <= largest:
+                raise ValueError(f"{name} is {number} in config.json, which does not fit the weights")
 
 
 def check_fit(net: nn.Module, state: dict[str, Tensor]) -> None:
@@ -718,6 +749,7 @@ def load_checkpoint(net: Network, path: str | os.PathLike) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a checkpoint file, on the CPU. Nothing in the file is ever executed.
 
+    Weights in half precision become float32. ValueError: a file that is damaged or holds something else.
     Reads a plain state dict (pesser/pytorch_diffusion), the list [model, optimizer, epoch, step, EMA] of
     ermongroup/ddim and Diff-Pruning, {"ema": ...} as of DiT, {"model": ...}, {"state_dict": ...} and .safetensors, with
     or without a "module." before the names; averaged weights where there are any.
@@ -726,20 +758,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             if path.suffix == ".safetensors":
                 content = load_file(path)
+                with safe_open(path, "pt") as opened:
+                    expected = opened.metadata() or {}
+                if expected.get("fingerprint") not in (None, sealed(content)["fingerprint"]):
+                    raise ValueError("another checksum")
             else:
                 with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's settings: plain data
                     content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load has no error of its own: at least six kinds come out of a cut file
             if pickled := re.search(r"GLOBAL (\S+)", str(error)):
                 raise ValueError(f"{path} holds a pickled {pickled[1]}, and {PICKLED.format(path=path)}") from error
+            if isinstance(error, OSError | MemoryError):
+                raise OSError(f"{path} cannot be read: {error}") from error
             size = f"{path.stat().st_size:,} bytes"
-            raise ValueError(f"{path} ({size}) is cut off, damaged, or no checkpoint: fetch it again") from error
+            remedy = "fetch it again, or remove it and give the command again that wrote it"
+            raise ValueError(f"{path} ({size}) is cut off, damaged, or no checkpoint: {remedy}") from error
     if isinstance(content, list) and content:  # [model, optimizer, epoch, step, EMA], the last one absent without EMA
         content = content[4] if len(content) > 4 and isinstance(content[4], dict) else content[0]
     if isinstance(content, dict):
         content = next((content[key] for key in ("ema", "model", "state_dict") if key in content), content)
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no weights: neither a state dict nor a list or dict with one")
+    wrong = [name for name, x in content.items() if not (x.is_floating_point() and x.isfinite().all())]
+    if wrong:
+        raise ValueError(f"{path} holds no weights that can be used: {wrong[0]} is not all finite floats")
+    halves = (torch.float16, torch.bfloat16)
+    content = {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in content.items()}
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 

@@ -9,6 +9,9 @@ A run reads settings -> data -> teacher (given, cached, or trained first) -> stu
 distil -> evaluate, and lives in one folder: config.json, log.jsonl, checkpoint.pt, student/, samples.png, curves.png,
 metrics.json. The same command resumes it. Everything random is a function of (seed, step), so a resumed run equals an
 uninterrupted one, and a run does not depend on how a batch is split over processes (torchrun).
+
+Ctrl-C and SIGTERM finish the step, save, and exit with 130 and 143, so that a scheduler may queue the command again;
+once more ends at once. Exit code 2: something cannot be used. 3: a student diverged, it keeps its last finite weights.
 """
 
 from __future__ import annotations
@@ -40,15 +43,17 @@ from distil.prepare import (
     batches,
     dry_run,
     new_network,
+    open_teacher,
     outlook,
     prepare,
+    read_checkpoint,
     sketch,
     smaller,
     start_of,
     teacher_settings,
 )
 from distil.process import Process, fold_of, make_process, process_of, split
-from distil.students import FEATURES, ShardedStudent, Student, autocast, find_dtype, predict, tap, timed
+from distil.students import FEATURES, PATIENCE, ShardedStudent, Student, autocast, find_dtype, predict, tap, timed
 from lift_place import PRESETS, Distillation, adaptive, schedule
 from models import Network
 
@@ -183,35 +188,37 @@ def step(
         w = lambda x: adaptive(mean_over_ranks(x))  # noqa: E731
     learners = [student for student in students if student.kd.output or student.kd.features]
     numbers: list[dict[str, Tensor]] = [{} for _ in students]
+    total = torch.zeros(len(students), device=batch.x_t.device)  # the losses of the whole batch
     for rows in torch.arange(n).chunk(settings.accumulate):
         first, size = int(rows[0]), len(rows)
         part, theirs = batch.part(slice(first, first + size)), None
         if teacher is not None and (learners or watched):
             with timed(*learners), torch.no_grad(), half:
                 theirs = predict(teacher, part.x_t, process.phi(part.t), part.cond)
-        for student, found in zip(students, numbers, strict=True):
+        for i, (student, found) in enumerate(zip(students, numbers, strict=True)):
             torch.manual_seed(hash_seed(student.seed, at, rank_and_world()[0], first))  # of the dropout
             with timed(student), student.sync(last=first + size == n):
                 with half:
                     own = student.predict(part.x_t, part.t, part.cond)
                 found["loss"], parts = objective(student.kd, process, part, own, theirs, w, at)
                 student.scaler.scale(found["loss"] * (size / n)).backward()
+            total[i] += found["loss"].detach() * (size / n)
             if watched and theirs is not None:
                 found.update(diagnose(student.kd, part, own[0], theirs[0], parts))
-    for student, found in zip(students, numbers, strict=True):
+    for student, found, loss in zip(students, numbers, mean_over_ranks(total), strict=True):
         with timed(student):
-            found["grad_norm"] = update(settings, student, at)
+            found["grad_norm"] = update(settings, student, at, loss)
     return numbers
 
 
-def update(settings: Settings, student: Student, at: int) -> Tensor:
-    """Clip, step, average. Returns the norm of the gradient before clipping, ()."""
+def update(settings: Settings, student: Student, at: int, loss: Tensor) -> Tensor:
+    """Clip, step unless the loss () or the gradient is not finite, average. Returns the norm before clipping, ()."""
     optimizer, scaler = student.optimizer, student.scaler
     for group in optimizer.param_groups:
         group["lr"] = settings.lr * lr_factor(settings, at)
     scaler.unscale_(optimizer)
     norm = student.clip(settings.clip or math.inf)
-    scaler.step(optimizer)
+    student.advance(loss, norm)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     rate = min(settings.ema, (1 + at) / (10 + at))  # short runs would otherwise average over their start
@@ -244,26 +251,27 @@ def diagnose(
 def train(
     settings: Settings, students: list[Student], teacher: nn.Module | None, images: data.Images, process: Process,
     start: int, look: Callable[[], None] = lambda: None,
-) -> bool:  # fmt: skip
+) -> None:  # fmt: skip
     """Train all students side by side, from step `start` on: one batch, one noise, one teacher pass for all of them.
 
     look: shows how far they are; called every `settings.preview_every` steps.
 
-    Returns:
-        True at the end; False when Ctrl-C or a scheduler's SIGTERM ended it early, after saving a checkpoint.
+    SystemExit(130) or (143): Ctrl-C or a scheduler's SIGTERM ended it early, after saving a checkpoint.
     """
-    folder = Path(settings.out)
+    folder, learning = Path(settings.out), [student for student in students if student.stopped is None]
     stream = batches(settings, images, process, students[0].ema, start)
     bar = machine.progress_bar(initial=start, total=settings.steps, desc=folder.name, unit="step",
                                disable=rank_and_world()[0] > 0)  # fmt: skip
     every = settings.save_every if settings.preview_every is None else settings.preview_every
     logging = machine.open_log(folder, start, settings.log, plain(settings))
     with Stop() as stop, logging as log, contextlib.closing(stream), bar:
-        for at in range(start, settings.steps):
-            last = at + 1 == settings.steps
-            watched = at % settings.log_every == 0 or last
-            numbers = step(settings, students, teacher, process, next(stream), at, watched)
-            for student, found in zip(students, numbers, strict=True) if watched else ():
+        for at in range(start, settings.steps) if learning else ():
+            diverged = [student for student in learning if student.diverged()] if at % PATIENCE == 0 else []
+            watched = at % settings.log_every == 0 or at + 1 == settings.steps or bool(diverged)
+            numbers = step(settings, learning, teacher, process, next(stream), at, watched)
+            if at + 1 == settings.steps:
+                diverged = [student for student in learning if student.diverged()]
+            for student, found in zip(learning, numbers, strict=True) if watched else ():
                 values = mean_over_ranks(torch.stack([value.detach().float() for value in found.values()])).tolist()
                 record = {"step": at, "student": student.name, "method": student.method, "seed": student.seed}
                 record["lr"] = student.optimizer.param_groups[0]["lr"]
@@ -272,18 +280,34 @@ def train(
                 keys = ["loss", "coarse", "w"] + ["skipped"] * (record["skipped"] > 0)
                 shown = [f"{key} {record[key]:.3g}" for key in keys if key in record]
                 bar.set_postfix_str(f"{student.name}: {', '.join(shown)}", refresh=False)
+                if student in diverged:
+                    stop_learning(student, record)
             bar.update()
             if at - start == 12:
                 began = perf_counter()
             elif at - start == 22 and (left := (perf_counter() - began) / 10 * (settings.steps - at)) > 60:
                 say(f"{folder}: about {left / 60:,.0f} minutes for the other {settings.steps - at - 1:,} steps")
-            if stop.asked or last or (at + 1) % settings.save_every == 0:
-                save_checkpoint(settings, students, folder, at + 1)
-            if stop.asked:
-                return last
-            if every and (at + 1) % every == 0 and not last:  # the last one is evaluated
+            learning = [student for student in learning if student.stopped is None]
+            last = at + 1 == settings.steps or not learning
+            number = stop.agreed(students[0].device, last)
+            if number or last or (at + 1) % settings.save_every == 0:
+                save_checkpoint(settings, students, folder, at + 1, images)
+            if number:
+                say(f"{folder}: stopped and saved; the same command goes on")
+                raise SystemExit(128 + number)
+            if last:
+                break
+            if every and (at + 1) % every == 0:  # the last one is evaluated
                 look()
-    return True
+
+
+def stop_learning(student: Student, record: dict[str, Any]) -> None:
+    """The student keeps its last finite weights from here on; `record`, a line of the log, says why."""
+    student.stopped = record["step"]
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in record.items() if isinstance(value, float))
+    why = f"{student.patience} steps in a row were not finite ({parts}). It keeps its last finite weights"
+    remedy = "a smaller --lr, a longer --warmup, --clip 1 or --precision fp32 would help"
+    machine.note(f"{student.name} stopped before step {student.stopped}: {why}; {remedy}")
 
 
 def preview(settings: Settings, students: list[Student], run: Run, process: Process) -> None:
@@ -304,51 +328,85 @@ def save_students(settings: Settings, nets: dict[str, Network]) -> list[Path]:
     return folders
 
 
-def save_checkpoint(settings: Settings, students: list[Student], folder: Path, steps: int) -> None:
-    """Write checkpoint.pt: plain tensors and numbers. A kill at any moment leaves the old one or the new one."""
+def save_checkpoint(settings: Settings, students: list[Student], folder: Path, steps: int, images: data.Images) -> None:
+    """Write checkpoint.pt: plain tensors and numbers, and keep the one before as checkpoint.prev.pt.
+
+    A kill at any moment leaves the old one or the new one. OSError where the disk is full, or weights are not finite.
+    """
     states = {student.name: student.state() for student in students}
-    if rank_and_world()[0] == 0:
-        with machine.whole(folder / "checkpoint.pt") as part:
-            torch.save({"step": steps, "settings": plain(settings), "students": states}, part)
+    if rank_and_world()[0] > 0:
+        return
+    path, former = folder / "checkpoint.pt", folder / "checkpoint.prev.pt"
+    tensors = [tensor for state in states.values() for tensor in [*state["module"].values(), *state["ema"].values()]]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise OSError(f"{path} was not written: weights are not finite at step {steps}; an earlier checkpoint stays")
+    machine.need_room(folder, 2 * sum(tensor.nbytes for tensor in tensors), f"{path}, with two moments a weight,")
+    with machine.whole(path) as part:
+        with part.open("wb") as file:
+            torch.save({"step": steps, "settings": plain(settings), "data": images.about, "students": states}, file)
+        machine.seal(part)
+        if path.exists():
+            machine.rename_copy(path, former)
+
+
+def restore(student: Student, checkpoint: dict[str, Any], path: Path) -> None:
+    """The student as the checkpoint at `path` has it; Damaged where that is no state of such a student."""
+    try:
+        state = checkpoint["students"][student.name]
+        student.restore(state)
+        if not all(tensor.isfinite().all() for part in ("module", "ema") for tensor in state[part].values()):
+            raise ValueError("weights are not finite")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        remedy = "put a good copy there, or remove it, and the run starts from step 0"
+        raise machine.Damaged(f"{path} holds no state of {student.name} ({reason}): {remedy}") from error
 
 
 def resume(
     settings: Settings, students: list[Student], teacher: nn.Module | None, run: Run, process: Process,
     checkpoint: dict[str, Any] | None,
-) -> bool:  # fmt: skip
-    """Train from the checkpoint on, or from the start. False: stopped early."""
+) -> None:  # fmt: skip
+    """Train from the checkpoint on, or from the start; SystemExit as of `train`."""
     folder, start = Path(settings.out), 0
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         start = checkpoint["step"]
         for student in students:
-            student.restore(checkpoint["students"][student.name])
+            restore(student, checkpoint, folder / "checkpoint.pt")
         say(f"{folder}: resumed at step {start} of {settings.steps}")
     if rank_and_world()[0] == 0:
         machine.write_json(folder / "config.json", plain(settings))
     look = functools.partial(preview, settings, students, run, process)
-    done = train(settings, students, teacher, run.images, process, start, look)
-    if not done:
-        say(f"{folder}: stopped and saved; the same command goes on")
-    return done
+    train(settings, students, teacher, run.images, process, start, look)
 
+
+DIVERGED = 3  # exit code
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 
-def train_teacher(run: Run, process: Process) -> nn.Module | None:
-    """The teacher of this data set, kept for later runs. None: stopped early."""
+def train_teacher(run: Run, process: Process) -> Network:
+    """The teacher of this data set, kept for later runs; of several runs that want it one trains it, the others wait.
+    SystemExit: stopped early, with 3 because it diverged."""
     settings = teacher_settings(run.settings)
     folder = Path(settings.out)
-    say(f"teacher: training one for {settings.steps} steps in {folder}")
-    torch.manual_seed(settings.seed)
-    net = machine.on_device(new_network(settings, run.images), run.device)
-    student = Student(settings, resolve(settings, "none"), settings.seed, net)
-    if not resume(settings, [student], None, run, process, run.teacher_checkpoint):
-        return None
-    if rank_and_world()[0] == 0:
-        student.ema.save(folder / "teacher")
-    return student.ema
+    with machine.lock(folder):
+        with machine.refusing("train.py"):
+            teacher = open_teacher(run.settings, run.images)  # another run may have trained it meanwhile
+            checkpoint = read_checkpoint(settings, folder, run.images.about)
+        if teacher is not None:
+            return teacher
+        say(f"teacher: training one for {settings.steps} steps in {folder}")
+        torch.manual_seed(settings.seed)
+        net = machine.on_device(new_network(settings, run.images), run.device)
+        student = Student(settings, resolve(settings, "none"), settings.seed, net)
+        resume(settings, [student], None, run, process, checkpoint)
+        if student.stopped is not None:
+            say(f"{folder}: the teacher diverged and is not kept; a smaller --teacher-lr trains another one")
+            raise SystemExit(DIVERGED)
+        if rank_and_world()[0] == 0:
+            student.ema.save(folder / "teacher")
+        return student.ema
 
 
 def make_students(
@@ -372,7 +430,7 @@ def make_students(
 
 
 def distil(run: Run) -> dict[str, Any] | None:
-    """The whole run: teacher, students, training, evaluation. Returns what metrics.json holds; None: stopped early."""
+    """The whole run: teacher, students, training, evaluation. Returns what metrics.json holds, on rank 0."""
     settings, folder = run.settings, Path(run.settings.out)
     if run.metrics is not None:
         say(f"{folder}: this run is finished, nothing to train; its results:")
@@ -381,8 +439,6 @@ def distil(run: Run) -> dict[str, Any] | None:
     if run.teacher is None:
         say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
     teacher = run.teacher or train_teacher(run, make_process(settings.process, spacing=settings.spacing))
-    if teacher is None:
-        return None
     process = process_of(teacher, settings.process, settings.spacing, settings.clip_x0)
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients
     own, time = process, teacher.process
@@ -395,14 +451,16 @@ def distil(run: Run) -> dict[str, Any] | None:
     teacher.settle(find_dtype(settings, run.device))
     if settings.compile:
         tapped.compile()
-    if not resume(settings, students, tapped, run, process, run.checkpoint):
-        return None
+    resume(settings, students, tapped, run, process, run.checkpoint)
     for student in students:
         student.ema = student.average()
     if rank_and_world()[0] > 0:
         return None
     folders = save_students(settings, {student.name: student.ema for student in students})
     metrics = evaluate.measure(settings, run.images, run.held_out, teacher, run.vae, students, process, run.device)
+    for student, row in zip(students, metrics["students"], strict=True):
+        if student.stopped is not None:
+            row["stopped"] = student.stopped
     for place in dict.fromkeys((folder, folder / "student", *folders)):
         report.card(place, metrics)
     machine.write_json(folder / "metrics.json", metrics)
@@ -413,22 +471,28 @@ def distil(run: Run) -> dict[str, Any] | None:
 def announce(metrics: dict[str, Any], folder: Path) -> None:
     """Prints the table of a finished run."""
     say(f"\n{report.table(report.rows(metrics))}\n\n{metrics['protocol']}\nsamples, curves and numbers: {folder}")
+    for row in metrics["students"]:
+        if "stopped" in row:
+            say(f"{row['method']}-{row['seed']} diverged and stopped before step {row['stopped']}")
 
 
 def main(settings: Settings, only_look: bool = False) -> int:
-    """The run of these settings, or with `only_look` what it would be. Returns the exit code; SystemExit(2), after one
-    sentence, for what cannot be used."""
+    """The run of these settings, or with `only_look` what it would be. Returns the exit code, 3 if a student diverged.
+    SystemExit, after one sentence: (2) for what cannot be used, (3) if the teacher diverged, (130) after Ctrl-C and
+    (143) after SIGTERM."""
     if only_look:
         with machine.refusing("train.py"):
             print(dry_run(settings))
         return 0
-    with machine.processes(settings.device):
-        with machine.refusing("train.py"):  # what a user gave; what comes later keeps its traceback
+    with machine.processes(settings.device), contextlib.ExitStack() as held:
+        with machine.refusing("train.py"):  # what a user gave
+            held.enter_context(machine.lock(settings.out, "wait for it, or give another --out"))
             run = prepare(settings)
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
-        distil(run)
-    return 0
+        with machine.refusing("train.py", (OSError,)):  # disks and files; what else comes later keeps its traceback
+            metrics = distil(run) or {"students": []}
+    return DIVERGED if any("stopped" in row for row in metrics["students"]) else 0
 
 
 if __name__ == "__main__":

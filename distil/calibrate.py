@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distil import machine, teachers
 from distil.process import Process, split
-from models import Network, correct, statistics
+from models import Network, correct, fingerprint, statistics
 
 FILE = "calibration.safetensors"  # beside the weights of a student
 
@@ -114,7 +114,7 @@ def load(folder: str | os.PathLike, calibrated: bool = True) -> Network:
             calibration = Calibration(file.get_tensor("times"), file.get_tensor("weights"), about)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: fit it again, or leave it out with --no-calibration") from error
-    if about["student"] != machine.fingerprint(net.state_dict().values()):
+    if about["student"] != fingerprint(net.state_dict().values()):
         raise ValueError(f"{path} was made for other weights: fit it again, or leave it out with --no-calibration")
     return Calibrated(net, calibration).eval()
 
@@ -166,11 +166,11 @@ def fit_calibrations(
                     moments[k] += moment
         grams += ridge * draws * len(images) * torch.eye(10).double()
         solutions.append(torch.linalg.solve(grams, moments).unflatten(2, (5, 2)).squeeze(4).float())
-    about = {"teacher": machine.fingerprint(teacher.state_dict().values())}
+    about = {"teacher": fingerprint(teacher.state_dict().values())}
     about |= {"images": len(images), "draws": draws, "ridge": ridge, "seed": seed}
     found = []
     for student, weights in zip(students, torch.stack(solutions, dim=1), strict=True):  # (S, C, 5, 2)
-        its = about | {"student": machine.fingerprint(student.state_dict().values())}
+        its = about | {"student": fingerprint(student.state_dict().values())}
         found.append(Calibration(torch.tensor(times).float(), weights, its).to(images.device))
     return found
 

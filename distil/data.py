@@ -5,10 +5,8 @@ to keep (LSUN bedroom: 596 GB) are decoded whenever they are indexed. In the net
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import shutil
@@ -34,7 +32,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ROOT = "data"  # where official files are looked for, and downloaded to, when no folder is given
 CACHE = "runs/cache"  # of decoded images
 MAX_CACHE = 100e9  # bytes: a larger set is decoded whenever it is used, not kept. CelebA 2 GB, LSUN church 25 GB
-RECIPE = 2  # part of the key of a cache entry: raise it when `decode` or the format changes
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the name says; Pillow would open far more
+MAX_PIXELS, MAX_ASPECT = 178_956_970, 100  # of an image; above LARGE pixels a JPEG is decoded in less detail
+LARGE = 25_000_000
+RECIPE = 3  # part of the key of a cache entry: raise it when `decode` or the format changes
 RECORD = "latents.json"  # in a folder of latents: how they were made
 WORKERS = 2  # threads that fetch batches; twice as many batches wait in memory
 CELEBA_IMAGE, CELEBA_FACE = (178, 218), (25, 57, 25 + 128, 57 + 128)  # width, height; left, top, right, bottom
@@ -49,10 +50,16 @@ class Images(NamedTuple):
     flip: bool  # may a training step mirror these images left to right?
     record: dict[str, Any] | None = None  # how latents were made, see `latents.encode`; None for pixels
     captions: "tuple[shards.Embeddings, ...]" = ()  # of latents that were made with captions
+    fingerprint: str = ""  # changes with the images, their order and their labels
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return tuple(self.images.shape[-3:])  # (C, H, W)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of the data, to find out when it changes."""
+        return {"images": len(self.images), "fingerprint": self.fingerprint}
 
     @property
     def no_condition(self) -> dict[str, Tensor] | None:
@@ -100,7 +107,7 @@ def load(
     channels = default_channels if channels is None else channels
     if default_size is not None and (size < 1 or channels not in (1, 3, None)):
         raise ValueError(f"images have 1 channel or 3 at an image size of 1 or more, not {channels} at {size}")
-    where = None if data is None else Path(data).resolve()
+    where = None if data is None else Path(os.path.realpath(data))
     return read(Request(name, where, size, split, seed, channels, Path(cache)))
 
 
@@ -119,7 +126,9 @@ def _digits(ask: Request) -> Images:
     images = images.round().to(torch.uint8).numpy()
     order = np.random.default_rng(ask.seed).permutation(len(images))
     part = {"train": order[:DIGITS_TRAIN], "test": order[DIGITS_TRAIN:], "all": order}[ask.split]
-    return Images(images[part], digits.target[part].astype(np.int64), ask.name, flip=False)  # a mirrored 2 is no digit
+    images, labels = images[part], digits.target[part].astype(np.int64)
+    about = machine.digest(np.ascontiguousarray(images), labels)
+    return Images(images, labels, ask.name, flip=False, fingerprint=about)  # a mirrored 2 is no digit
 
 
 def _folder(ask: Request, wanted: Sequence[str] = ()) -> Images:
@@ -231,7 +240,8 @@ def _cifar10(ask: Request) -> Images:
             raise ValueError(f"{place} is not whole or not the published one: fetch {CIFAR10.url} again") from error
     images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
     labels = np.concatenate([part.targets for part in parts]).astype(np.int64)
-    return Images(np.ascontiguousarray(images), labels, ask.name, flip=True)
+    images = np.ascontiguousarray(images)
+    return Images(images, labels, ask.name, True, fingerprint=machine.digest(images, labels))
 
 
 def _latents(ask: Request) -> Images:
@@ -246,16 +256,23 @@ def _latents(ask: Request) -> Images:
     if not (folder / RECORD).exists():
         return _one_per_file(ask)
     try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
+        record = machine.read_json(folder / RECORD, "remove it and encode again")
+        if min(record["count"], record["shard"], record["classes"] + 1, *record["size"]) < 1:
+            raise ValueError("a number is too small")
         latents = shards.Shards(folder, "latents", (record["count"], 2, *record["size"]), record["shard"])
         labels = np.array(shards.open_array(folder / "labels.npy", (record["count"],))) if record["classes"] else None
+        if labels is not None and not 0 <= labels.min() <= labels.max() < record["classes"]:
+            raise machine.Damaged(f"{folder / 'labels.npy'} holds labels outside of 0 to {record['classes'] - 1}")
         captions = tuple(shards.Embeddings(folder, name, record) for name in record.get("captions", {}))
         size = record["image_size"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except OSError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / RECORD} is damaged ({error!r}): remove it and encode again") from error
     if ask.image_size not in (None, size):
         raise ValueError(f"{folder} has images of {size} pixels, not of {ask.image_size}: use --image-size {size}")
-    return Images(latents, labels, ask.name, True, record, captions)
+    about = machine.digest(latents.seals(), *(kind.bits.seals() for kind in captions), labels_of(labels))
+    return Images(latents, labels, ask.name, True, record, captions, about)
 
 
 def _one_per_file(ask: Request) -> Images:
@@ -273,7 +290,12 @@ def _one_per_file(ask: Request) -> Images:
     shape = np.load(features / names[0], mmap_mode="r").shape[-4:]
     latents = shards.OnTheFly(names, numbers, lambda name: np.load(features / name).reshape(shape), shape, "float32")
     record = {"vae": None, "count": len(names), "size": list(shape[1:])}
-    return Images(latents, numbers, ask.name, True, record)
+    about = machine.digest(repr(names).encode("utf-8", "surrogateescape"), labels_of(numbers))
+    return Images(latents, numbers, ask.name, True, record, fingerprint=about)
+
+
+def labels_of(labels: np.ndarray | None) -> bytes:
+    return b"" if labels is None else labels.tobytes()
 
 
 DATASETS = {  # name: (what loads it, default image size, default channels); None: what the files say
@@ -330,11 +352,24 @@ def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
     def stop(error: OSError) -> None:  # os.walk would leave out a folder that it may not read
         raise error
 
-    files = []
+    files, left, base, linked = [], [], Path(os.path.realpath(folder)), []
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [name for name in folders if name.startswith(".")]:
+            folders.remove(name)
+        for name in [name for name in folders if os.path.islink(os.path.join(root, name))]:
+            target = Path(os.path.realpath(os.path.join(root, name)))
+            known = [base, *linked]  # out of the folder once, and never to where one has been or comes from
+            near = any(target.is_relative_to(place) or place.is_relative_to(target) for place in known)
+            if near or not Path(os.path.realpath(root)).is_relative_to(base):
+                folders.remove(name)
+                left.append(os.path.join(root, name))
+            else:
+                linked.append(target)
         images = [Path(root, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        files += [image.relative_to(folder).as_posix() for image in images]
+        left += [str(image) for image in images if not image.is_file()]
+        files += [image.relative_to(folder).as_posix() for image in images if image.is_file()]
+    if left:
+        machine.note(f"{folder}: {len(left)} links in a circle, or no files, are left out, such as {left[0]}")
     if not files:
         raise ValueError(f"no images in {folder} or below it; looked for {', '.join([*wanted, *SUFFIXES])}")
     return sorted(files)
@@ -358,17 +393,32 @@ def folder_labels(files: list[str]) -> list[int] | None:
     return [number[group] for group in groups] if all("/" in file for file in files) else None
 
 
+def open_image(file: Path | io.BytesIO, image_size: int) -> Any:
+    """An image, still to be decoded, that is to become `image_size` pixels wide; ValueError for one that is too large,
+    or so narrow that its other side would become too large."""
+    from PIL import Image
+
+    opened = Image.open(file, formats=FORMATS)
+    width, height = opened.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+        opened.close()
+        raise ValueError(f"{width}x{height} pixels: more than {MAX_PIXELS:,}, or {MAX_ASPECT} times as long as wide")
+    if width * height > LARGE:
+        opened.draft(None, (8 * image_size, 8 * image_size))
+    return opened
+
+
 def decode(file: Path | io.BytesIO, image_size: int, channels: int, face: tuple | None = None) -> np.ndarray:
     """One image as (C, image_size, image_size) uint8: upright by its EXIF tag, transparency over white, if of CelebA's
     size cut to the box `face`, resized by its short side (bilinear, antialiased: LSUN's recipe), centre-cropped."""
     from PIL import Image, ImageOps
     from torchvision.transforms import functional as TF
 
-    with Image.open(file) as opened:
+    with open_image(file, image_size) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode[0] in "IF":  # 16-bit gray: convert() would clip it to white
             pixels = np.asarray(image)
-            if image.mode == "F" or pixels.max() > 65535:
+            if image.mode == "F" or pixels.max() > 65535 or pixels.min() < 0:
                 raise ValueError("pixels of more than 16 bits have no known range")
             image = Image.fromarray((pixels / 257).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -384,7 +434,7 @@ def decode(file: Path | io.BytesIO, image_size: int, channels: int, face: tuple 
 
 def _entry(ask: Request, name: str, key: tuple) -> Path:
     """The folder of the cache for what `key` determines."""
-    return ask.cache / f"{name}-{hashlib.sha256(repr(key).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+    return ask.cache / f"{name}-{machine.digest(repr(key).encode('utf-8', 'surrogateescape'))}"
 
 
 def _decoded(
@@ -404,7 +454,9 @@ def _decoded(
 
     if size > MAX_CACHE:
         machine.note(f"{name}: it would take {size / 1e9:.0f} GB, so images are decoded whenever they are used")
-        return Images(shards.OnTheFly(items, labels, decode_item, shape), labels, ask.name, True)
+        names = repr(items).encode("utf-8", "surrogateescape")
+        about = machine.digest(names, labels_of(labels))
+        return Images(shards.OnTheFly(items, labels, decode_item, shape), labels, ask.name, True, fingerprint=about)
     stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
     key = (RECIPE, shards.SHARD, face, [str(file) for file in files], stamps, items)
     entry = _entry(ask, f"{name}-{ask.image_size}x{ask.image_size}x{ask.channels}", key)
@@ -418,7 +470,9 @@ def _decoded(
     if pixels.unreadable:
         count = f"{len(pixels.unreadable)} of {len(items)} images are unreadable, and others take their place"
         machine.note(f"{count}: {next(iter(pixels.unreadable.values()))} ... see {pixels.log}")
-    return Images(shards.Shards(entry, "images", (len(items), *shape)), labels, ask.name, True)
+    images = shards.Shards(entry, "images", (len(items), *shape))
+    about = machine.digest(images.seals(), labels_of(labels))
+    return Images(images, labels, ask.name, True, fingerprint=about)
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:

@@ -13,7 +13,6 @@ Only `--num` looks through Inception, and only then, and from 10,000 samples on,
 `python -m distil.sample` draws images and measures nothing.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -166,10 +165,10 @@ def join(runs: Sequence[Path]) -> str:
     for run in runs:
         path = run / "metrics.json"
         try:
-            metrics = json.loads(path.read_text("utf-8"))
+            metrics = machine.read_json(path, "it is not what train.py writes")
             rows.append(report.rows(metrics))
             found.append((metrics["protocol"], dict(metrics.get("settings", {}))))
-        except OSError as error:
+        except FileNotFoundError as error:
             raise ValueError(f"{path}: {error.strerror}; name the folder of a finished run") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what train.py writes: {type(error).__name__} {error}") from error

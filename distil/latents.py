@@ -7,7 +7,6 @@
 """
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -45,12 +44,15 @@ def captioned(source: Path) -> Captioned:
         raise FileNotFoundError(f"there is no {source}; --data must name a folder of images, or a tar")
     tars = sorted(source.glob("*.tar")) if source.is_dir() else [source]
     tables = [source / name for name in METADATA if (source / name).is_file()]
-    if tables:
-        found = _metadata(tables[0])
-    elif tars and all(map(tarfile.is_tarfile, tars)):
-        found = _webdataset(tars)
-    else:
-        raise ValueError(f"{source} has no captions: it needs {' or '.join(METADATA)} (file_name, text), or tars")
+    try:
+        if tables:
+            found = _metadata(tables[0])
+        elif tars and all(map(tarfile.is_tarfile, tars)):
+            found = _webdataset(tars)
+        else:
+            raise ValueError(f"{source} has no captions: it needs {' or '.join(METADATA)} (file_name, text), or tars")
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"the captions in {source} cannot be read: {error}") from error
     if not found.files:
         raise ValueError(f"{source} holds no image with a caption")
     return found
@@ -61,9 +63,12 @@ def _metadata(table: Path) -> Captioned:
     with table.open(encoding="utf-8", newline="") as file:
         rows = [json.loads(line) for line in file] if table.suffix == ".jsonl" else list(csv.DictReader(file))
     for row in rows:
-        if not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
             raise ValueError(f"every row of {table} needs file_name and text, but one is {str(row)[:200]}")
     files = [row["file_name"] for row in rows]
+    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name]
+    if outside:
+        raise ValueError(f"{table} names files outside of its folder, such as {outside[0]!r}: it may not")
     missing = [name for name in files if not (table.parent / name).is_file()]
     if missing:
         raise ValueError(f"{table} names {len(missing)} images that are not there, such as {missing[0]}")
@@ -75,7 +80,7 @@ def _webdataset(tars: Sequence[Path]) -> Captioned:
     places, captions = {}, {}  # an image is read from its place in the tar, so that threads need not share a tar
     for tar in tars:
         with tarfile.open(tar) as archive:
-            for member in archive:
+            for member in filter(tarfile.TarInfo.isreg, archive):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = f"{tar.name}/{folder}/{stem}"
@@ -85,8 +90,8 @@ def _webdataset(tars: Sequence[Path]) -> Captioned:
                     captions[key] = archive.extractfile(member).read().decode("utf-8").strip()
                 elif suffix == "json" and key not in captions:
                     about = json.loads(archive.extractfile(member).read())
-                    text = about.get("caption", about.get("text"))
-                    if text is not None:
+                    text = about.get("caption", about.get("text")) if isinstance(about, dict) else None
+                    if isinstance(text, str):
                         captions[key] = text.strip()
 
     def read(key: str) -> io.BytesIO:
@@ -153,7 +158,7 @@ def _record(vae: Any, text: Any, found: Captioned, labels: list[int] | None, ima
         "image_size": image_size,
         "preprocessing": "ADM centre crop; [image, mirror image], posterior samples",
         "seed": seed,
-        "images": hashlib.sha256(names).hexdigest()[:16],
+        "images": machine.digest(names),
         "classes": len(set(labels)) if labels else 0,
         "count": len(found.files),
         "shard": shards.SHARD,
@@ -171,7 +176,7 @@ def _begin(out: Path, record: dict[str, Any], labels: list[int] | None, text: An
     out.mkdir(parents=True, exist_ok=True)
     path = out / data.RECORD
     if path.exists():
-        former = json.loads(path.read_text("utf-8"))
+        former = machine.read_json(path, "remove it and encode again")
         differ = [f"{key} was {former.get(key)}, is {record[key]}" for key in record if former.get(key) != record[key]]
         if differ:
             raise ValueError(f"{out} holds latents that were made otherwise ({', '.join(differ)}): give another --out")
@@ -183,8 +188,7 @@ def _begin(out: Path, record: dict[str, Any], labels: list[int] | None, text: An
         empty = text.encode([""]) if kinds else {}
         arrays |= {f"{name}-empty": _bits(empty[name], about["stored"]) for name, about in kinds.items()}
         for name, values in arrays.items():
-            with machine.whole(out / f"{name}.npy") as part, part.open("wb") as file:
-                np.save(file, values)
+            shards.save_array(out / f"{name}.npy", values)
         machine.write_json(path, record, indent=1)
 
 
@@ -198,7 +202,7 @@ def _adm(file: Path | io.BytesIO, image_size: int) -> np.ndarray:
     """One image as (3, image_size, image_size) uint8: the square that ADM cuts out of it (guided diffusion, MIT)."""
     from PIL import Image
 
-    with Image.open(file) as opened:
+    with data.open_image(file, image_size) as opened:
         image = opened.convert("RGB")
     while min(image.size) >= 2 * image_size:  # halve with a box filter first: the bicubic one then meets no aliasing
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
@@ -229,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {"image_size": options.image_size, "batch": options.batch, "seed": options.seed}
     with machine.refusing("distil.latents"):
         for name, value in sizes.items():
-            settings.check(settings.flag(name), value, {"low": 0 if name == "seed" else 1})
+            settings.check(settings.flag(name), value, settings.SEED if name == "seed" else {"low": 1, "high": 4096})
         device = machine.find_device(options.device)
         vae = text_to_image.Vae(options.vae, device)
         text = text_to_image.TextEncoder(options.text, device, not options.no_t5) if options.text else None

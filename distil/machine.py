@@ -1,19 +1,25 @@
 """The machine: processes, devices, seeds, and files that appear whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -113,38 +119,212 @@ def hash_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that change with any bit of the tensors, wherever they are."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def digest(*parts: bytes) -> str:
+    """16 hexadecimal digits that change with the parts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+class Damaged(OSError, ValueError):
+    """A file does not hold what was written into it. The message names it, and what to do."""
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no other process takes. What dead processes of this machine left there is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.part", left.name)
+        if process and not alive(int(process[1])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
+
+
+def alive(process: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """Write to the path that this gives: when the block ends well, `path` appears at once, as a whole.
 
-    A kill leaves the former file or the new one, never half of one. The temporary name is one for each process.
+    A kill leaves the former file or the new one, never half of one. OSError, in one sentence, where the disk is full.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = temporary(path)
     try:
         yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save says that a disk is full with a RuntimeError
+        causes = (error, error.__context__)
+        if not any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+            raise
+        written, free = (part.stat().st_size if part.exists() else 0), shutil.disk_usage(path.parent).free
+        full = f"the disk is full after {written:,} bytes of it, {free:,} are free"
+        raise OSError(f"{path} cannot be written: {full}; make room there and give the same command again") from error
     finally:
         part.unlink(missing_ok=True)
 
 
+def reserve(path: Path) -> None:
+    """OSError unless the disk has room for all of a file with holes: a memory map would end the process instead."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def rename_copy(path: Path, other: Path) -> None:
+    """`other` becomes a second name of the file `path`, or where there is no such thing its only one."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        os.replace(path, other)
+
+
+SEAL = re.compile(rb"sha256 ([0-9a-f]{64})\n")  # the last line of a sealed file
+SEAL_SIZE = 72  # bytes
+
+
+def checksum(path: Path, size: int | None = None) -> str:
+    """The sha256 of a file, or of its first `size` bytes."""
+    digest, size = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Appends a line with the checksum of all that is in a file. Readers of .npy and .pt files do not look that far."""
+    line = f"sha256 {checksum(path)}\n"
+    with path.open("ab") as file:
+        file.write(line.encode())
+
+
+def seal_of(path: Path) -> str | None:
+    """The checksum in the last line of a file; None: it has none, as those of earlier versions."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - SEAL_SIZE))
+        found = SEAL.fullmatch(file.read())
+    return found and found[1].decode()
+
+
+def check_seal(path: Path, remedy: str) -> bool:
+    """Whether a file has a seal. Damaged, with the `remedy`, if that is not the checksum of what the file holds."""
+    expected = seal_of(path)
+    if expected is not None and checksum(path, path.stat().st_size - SEAL_SIZE) != expected:
+        raise Damaged(f"{path} is damaged, what it holds is not what was written (another checksum): {remedy}")
+    return expected is not None
+
+
+@contextlib.contextmanager
+def lock(folder: str | os.PathLike, remedy: str | None = None) -> Iterator[None]:
+    """Inside the block no other process has the folder, which is made, and tried by writing into it.
+
+    The system forgets the lock of a process that died. Of several processes rank 0 takes it for all.
+
+    remedy: what is advised where another process has it; None: that one is waited for.
+    OSError, in one sentence: another one has it, or the folder cannot be written.
+    """
+    rank, world = rank_and_world()
+    with _locked(Path(folder), remedy) if rank == 0 else contextlib.nullcontext():
+        if world > 1:
+            dist.barrier()
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, remedy: str | None) -> Iterator[None]:
+    path, told = folder / ".lock", False
+    new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written ({error.strerror}): give another folder") from error
+        with file:
+            if _flock(file) and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                try:
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # what was made for the lock goes with it, if nothing is in it
+                        for place in new:
+                            place.rmdir()
+                return
+            file.seek(0)
+            owner = file.read() or "another process"
+        if remedy is not None:
+            raise OSError(f"{folder} is in use by {owner}: {remedy}")
+        if not told:
+            note(f"{folder} is in use by {owner}: waiting for it")
+        told = True
+        time.sleep(0.5)
+
+
+def _flock(file: TextIO) -> bool:
+    """Whether the lock on an open file was to be had; some file systems have none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        note(f"{file.name} cannot be locked ({error.strerror}): see to it that no other run has this folder")
+    return True
+
+
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON knows no such numbers
+
+
+def standard(value: Any) -> Any:
+    """`value` as standard JSON has it: numbers that are not finite become words, which `restored` turns back."""
+    if isinstance(value, dict):
+        return {key: standard(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [standard(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def restored(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON with the numbers that `standard` made words of."""
+    return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in pairs}
+
+
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
-    """Writes `value` as JSON to `path`, whole or not at all."""
+    """Writes `value` as standard JSON to `path`, whole or not at all."""
     with whole(path) as part:
-        part.write_text(json.dumps(value, indent=indent) + "\n", "utf-8")
+        part.write_text(json.dumps(standard(value), indent=indent, allow_nan=False) + "\n", "utf-8")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that `write_json` wrote. FileNotFoundError: there is none. Damaged, with the `remedy`: it is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"), object_pairs_hook=restored)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise Damaged(f"{path} is damaged (it holds no JSON object): {remedy}")
+    return found
 
 
 def need_room(folder: str | os.PathLike, size: int, what: str) -> None:
@@ -157,6 +337,17 @@ def need_room(folder: str | os.PathLike, size: int, what: str) -> None:
         raise OSError(f"{what} take {size / 1e9:.1f} GB and {folder} has room for {free / 1e9:.1f} GB: make room there")
 
 
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a log.jsonl, and how many of its lines are none: a kill may cut the last one."""
+    lines, records = path.read_bytes().splitlines(), []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line, object_pairs_hook=restored)
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and "student" in record:
+                records.append(record)
+    return records, len(lines) - len(records)
+
+
 @contextlib.contextmanager
 def open_log(folder: Path, start: int, kind: str, config: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that appends a record to log.jsonl, and to the library that `kind` names; on rank 0 alone.
@@ -166,13 +357,16 @@ def open_log(folder: Path, start: int, kind: str, config: dict[str, Any]) -> Ite
     if rank_and_world()[0] > 0:
         yield lambda record: None
         return
-    if (folder / "log.jsonl").exists():
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        lines = [line for line in lines if line.endswith("}")]  # a kill may cut the last one
-        with whole(folder / "log.jsonl") as part:
-            part.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < start))
+    path = folder / "log.jsonl"
+    if path.exists():
+        records, unreadable = read_log(path)
+        if unreadable:
+            note(f"{path}: {unreadable} of {unreadable + len(records)} lines cannot be read and are dropped")
+        with whole(path) as part:
+            kept = [json.dumps(standard(record)) + "\n" for record in records if record["step"] < start]
+            part.write_text("".join(kept))
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context((folder / "log.jsonl").open("a", buffering=1))
+        file = stack.enter_context(path.open("a", buffering=1))
         also: Callable[..., Any] | None = None
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -188,7 +382,7 @@ def open_log(folder: Path, start: int, kind: str, config: dict[str, Any]) -> Ite
             also = run.log
 
         def log(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(standard(record), allow_nan=False) + "\n")
             if also is not None:
                 keys = [key for key in record if key not in ("step", "student", "method", "seed")]
                 also({f"{record['student']}/{key}": record[key] for key in keys}, step=record["step"])
@@ -228,12 +422,15 @@ def note(text: str) -> None:
     tqdm.write(text, sys.stderr)
 
 
+REFUSED = (ValueError, OSError, ImportError)  # what a wrong flag or file causes
+
+
 @contextlib.contextmanager
-def refusing(program: str) -> Iterator[None]:
+def refusing(program: str, errors: tuple[type[Exception], ...] = REFUSED) -> Iterator[None]:
     """What a user gave and cannot be used becomes one sentence on stderr and exit code 2, without a traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except errors as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -249,23 +446,54 @@ def library(name: str, purpose: str, install: str) -> Any:
 
 
 class Stop:
-    """Inside the block Ctrl-C and SIGTERM only set `asked`, so that a step is finished and saved before the end.
+    """Inside the block the first Ctrl-C or SIGTERM is answered at once and noted, so that a step is finished and saved
+    before the end. The next one ends the process; what comes within a second is the same, for launchers repeat it.
 
-    Several processes keep the ordinary behaviour: they would not agree on the step at which to stop.
+    number: of the signal; 0 without one.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.former: dict[int, Any] = {}
+        self.number, self.before, self.former = 0, None, {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread() and rank_and_world()[1] == 1:
+        if threading.current_thread() is threading.main_thread():
+            self.out, self.into = os.pipe()
+            os.set_blocking(self.into, False)
+            self.fd = signal.set_wakeup_fd(self.into)
             self.former = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            # a thread, for the main one answers nothing during a backward pass
+            threading.Thread(target=self._answer, daemon=True).start()
         return self
 
-    def ask(self, *_: Any) -> None:
-        self.asked = True
+    def ask(self, number: int, frame: Any) -> None:
+        self.number = self.number or number
+
+    def _answer(self) -> None:
+        first = None
+        for (number,) in iter(lambda: os.read(self.out, 1), b""):
+            if number not in self.former:
+                continue
+            if first is None:
+                first = time.monotonic()
+                say("\nstopping after this step; once more to stop now")
+            elif time.monotonic() - first > 1:
+                say("stopped; the same command goes on from the last checkpoint")
+                os._exit(128 + number)
+        os.close(self.out)
+
+    def agreed(self, device: torch.device, last: bool = False) -> int:
+        """The signal that some process got, 0 for none, as all processes find it at the same step. Of several it is the
+        answer of the call before, so that no device is waited for; at the `last` call that of this one."""
+        if rank_and_world()[1] == 1:
+            return self.number
+        found = torch.tensor(self.number, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        before, self.before = self.before, found
+        return int(found if last else before) if last or before is not None else 0
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.former.items():
             signal.signal(number, handler)
+        if self.former:
+            signal.set_wakeup_fd(self.fd)
+            os.close(self.into)  # ends the thread

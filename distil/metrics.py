@@ -22,7 +22,6 @@ import copy
 import hashlib
 import math
 import pickle
-import platform
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distil import data, machine
-from models import Network
+from distil import data, machine, shards
+from models import Network, read_weights, sealed
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow", "torch_fidelity")  # of Inception features: as clean-fid names
@@ -104,7 +103,7 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
     """The ruler of `frechet_digits`: trained once on the digits' train split (seconds), afterwards read from `cache`.
     Its seeds are fixed: a ruler must not change with what it measures. Its accuracy is that on the test split."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     # v1: count up when the network or its training changes
     path = Path(cache) / f"digit-classifier-{image_size}-{steps}-v1.safetensors"
@@ -114,9 +113,9 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
         try:
             with safe_open(path, "pt") as file:
                 net.accuracy = float(file.metadata()["accuracy"])
-            net.load_state_dict(load_file(path))
+            net.load_state_dict(read_weights(path))
             return net.eval()
-        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError):
+        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError, ValueError):
             pass  # there is none, or not a whole one: it is made anew
         train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
         images, labels = torch.tensor(train.images), torch.tensor(train.labels)
@@ -133,7 +132,7 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
     net.eval().accuracy = np.mean(net.predict(test.images).numpy() == test.labels).item()
     path.parent.mkdir(parents=True, exist_ok=True)
     with machine.whole(path) as part:
-        save_file(net.state_dict(), part, metadata={"accuracy": repr(net.accuracy)})
+        save_file(net.state_dict(), part, metadata={**sealed(net.state_dict()), "accuracy": repr(net.accuracy)})
     return net
 
 
@@ -183,7 +182,7 @@ def fidelity(device: torch.device) -> tuple[Extract, Tensor]:
     try:
         if not path.exists():
             torch.hub.download_url_to_file(url, path, digits)  # renamed when whole
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digits):
+        if not machine.checksum(path).startswith(digits):
             raise ValueError("they are not the published ones")
         torch.load(path, weights_only=True)  # the library would unpickle anything
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
@@ -193,23 +192,36 @@ def fidelity(device: torch.device) -> tuple[Extract, Tensor]:
     return lambda images: net(images.to(torch.uint8))[0], net.fc.weight.cpu()
 
 
+# Of the weights: for both names of a mode the file, and what its sha256 begins with. The first is that of the file as
+# NVIDIA serves it, which k-diffusion also checks; of the second the name says it.
+INCEPTION = {
+    "torchscript": ("inception-2015-12-05.pt", "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"),
+    "legacy_pytorch": ("pt_inception-2015-12-05-6726825d.pth", "6726825d"),
+}
+
+
 def inception(mode: str, device: torch.device) -> Extract:
-    """The network of FID as clean-fid has it, its weights (95 MB) downloaded; ValueError if they cannot be read."""
+    """The network of FID as clean-fid has it, its weights (95 MB) downloaded into torch's cache folder of this user.
+    ValueError if they cannot be had or are not the published ones, which is found out before they are opened."""
     from cleanfid.downloads_helper import inception_url
     from cleanfid.features import build_feature_extractor
     from cleanfid.inception_pytorch import FID_WEIGHTS_URL
+    from cleanfid.inception_torchscript import InceptionV3W
 
-    # clean-fid has both folders in its code
-    url, folder = inception_url, Path("." if platform.system() == "Windows" else "/tmp")
-    if mode == "legacy_pytorch":
-        url, folder = FID_WEIGHTS_URL, Path(torch.hub.get_dir(), "checkpoints")
-    path = folder / url.rpartition("/")[2]
-    folder.mkdir(parents=True, exist_ok=True)
+    legacy = mode == "legacy_pytorch"
+    name, digest = INCEPTION["legacy_pytorch" if legacy else "torchscript"]
+    url, folder = FID_WEIGHTS_URL if legacy else inception_url, Path(torch.hub.get_dir(), "checkpoints")
+    path = folder / name
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            torch.hub.download_url_to_file(url, path)  # renamed when whole
-        return build_feature_extractor(mode, device, use_dataparallel=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            torch.hub.download_url_to_file(url, path, hash_prefix=digest)  # renamed when whole
+        if not machine.checksum(path).startswith(digest):
+            raise ValueError("they are not the published ones, by their checksum")
+        if legacy:  # clean-fid looks into the same folder
+            return build_feature_extractor(mode, device, use_dataparallel=False)
+        return InceptionV3W(str(folder), download=False, resize_inside=mode == "legacy_tensorflow").to(device).eval()
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
         raise ValueError(f"--mode {mode} needs the Inception weights {path} ({reason}): {remedy}") from error
 
@@ -272,9 +284,8 @@ def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache
     if not path.exists():
         found = features(extract, real.images, batch=100, rows=rows, label=f"features of {real.name}").float()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with machine.whole(path) as part, part.open("wb") as file:
-            np.save(file, found.numpy())
-    found = torch.from_numpy(np.load(path))
+        shards.save_array(path, found.numpy())
+    found = torch.from_numpy(np.array(shards.open_array(path, None)))
     about = f"{len(found)} of {len(real.images)} images of {real.name} (train)"
     return Reference(about, gaussian(found), found)
 

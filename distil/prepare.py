@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import models
-from distil import data, importance, teachers, text_to_image
+from distil import data, importance, machine, teachers, text_to_image
 from distil.fast_loss import place
-from distil.machine import find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
+from distil.machine import Damaged, find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
 from distil.process import Process, make_process, process_of
 from distil.settings import EVALUATION, FREE, SD_STUDENTS, SHAPE, SIZES, Settings, flag, plain, preset
 from distil.students import autocast
@@ -115,8 +115,7 @@ class Run:
     device: torch.device
     images: data.Images  # to train on
     held_out: data.Images | None  # never trained on: says how low a distance can get
-    teacher: Network | None  # None: has to be trained first,
-    teacher_checkpoint: dict[str, Any] | None  # from here on
+    teacher: Network | None  # None: has to be trained first
     student: Network | None  # None: made from the teacher
     vae: text_to_image.Vae | None  # of latents, to look at samples
     checkpoint: dict[str, Any] | None
@@ -137,14 +136,14 @@ def prepare(settings: Settings) -> Run:
     if images.record is not None:  # the run remembers what shows its latents
         settings = replace(settings, vae=settings.vae or images.record["vae"])
     with rank_0_first():
-        teacher, teacher_checkpoint = open_teacher(settings, images, teacher)
+        teacher = open_teacher(settings, images, teacher)
     student = fitted("student", student, settings, images)
     check_students(settings, images, teacher, student)
     check_steps(settings, teacher, student)
     vae = open_vae(settings, images, device)
-    checkpoint = read_checkpoint(settings, Path(settings.out))
+    checkpoint = read_checkpoint(settings, Path(settings.out), images.about)
     metrics = read_metrics(settings, Path(settings.out))
-    return Run(settings, device, images, held_out, teacher, teacher_checkpoint, student, vae, checkpoint, metrics)
+    return Run(settings, device, images, held_out, teacher, student, vae, checkpoint, metrics)
 
 
 def sized(settings: Settings, device: torch.device) -> Settings:
@@ -188,19 +187,14 @@ def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
     return images, data.load("digits", image_size=settings.image_size, split="test")
 
 
-def open_teacher(
-    settings: Settings, images: data.Images, given: Opened | None
-) -> tuple[Network | None, dict[str, Any] | None]:
-    """The teacher, and None; or, where it has to be trained first, None and the checkpoint of its training if any."""
+def open_teacher(settings: Settings, images: data.Images, given: Opened | None = None) -> Network | None:
+    """The teacher; None where it has to be trained first."""
     if given is not None:
-        return fitted("teacher", given, settings, images), None
+        return fitted("teacher", given, settings, images)
     with torch.device("meta"):
         new_network(settings, images)  # refuses data that no teacher can be made for
-    own = teacher_settings(settings)
-    folder = Path(own.out) / "teacher"
-    if (folder / "config.json").exists():
-        return teachers.load(folder), None
-    return None, read_checkpoint(own, Path(own.out))
+    folder = Path(teacher_settings(settings).out) / "teacher"
+    return teachers.load(folder) if (folder / "config.json").exists() else None
 
 
 Opened = Callable[[data.Images], Network]  # a network that was given: a checkpoint file is built once images are known
@@ -326,6 +320,8 @@ SAME = ("add_noise", "target")  # what two processes have to agree on
 
 def open_vae(settings: Settings, images: data.Images, device: torch.device) -> text_to_image.Vae | None:
     """The VAE that shows what latents look like, if samples are to be drawn; ValueError if it is not the data's."""
+    if images.record is None and settings.vae is not None:
+        raise ValueError(f"--vae is for latents, but {settings.data or settings.dataset} holds images")
     if images.record is None or not settings.eval_samples:
         return None
     where = settings.vae or images.record["vae"]
@@ -401,33 +397,69 @@ def pretended(settings: Settings) -> data.Images | None:
 # ---- What an earlier run left ----------------------------------------------------------------------------------------
 
 
-def read_checkpoint(settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint of a run, or None if it has none.
+def read_checkpoint(settings: Settings, folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run, or None if it has none. about: `Images.about` of its data.
 
-    ValueError: the file cannot be read (it is kept aside), or belongs to a run with other settings (named).
+    ValueError: none is whole (they are kept aside), or it belongs to a run with other settings or data (named).
+    OSError: it cannot be read now, and is left as it is.
     """
-    path = folder / "checkpoint.pt"
-    if not path.exists():
+    found, damage = None, []
+    with rank_0_first():
+        for path in (folder / "checkpoint.pt", folder / "checkpoint.prev.pt"):
+            try:
+                found = open_checkpoint(path) if path.exists() and found is None else found
+            except Damaged:
+                aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
+                path.rename(aside)
+                damage.append(f"{path} cannot be read (truncated or damaged), so it was moved to {aside}")
+    if damage and found is None:
+        remedy = f"this run from step 0, or put a good copy at {folder / 'checkpoint.pt'} and it resumes from there"
+        raise ValueError(f"{', and '.join(damage)}: the same command now starts {remedy}")
+    if found is None:
         return None
+    path = folder / ("checkpoint.prev.pt" if damage else "checkpoint.pt")
+    kinds = {"step": int, "settings": dict, "students": dict}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} is no checkpoint of train.py: move it away, or give another --out")
+    refuse_other_settings(settings, found["settings"], path)
+    if not 0 <= found["step"] <= settings.steps:
+        raise ValueError(f"{path} says step {found['step']} of {settings.steps}: move it away, or give another --out")
+    former = found.get("data", about)  # those of earlier versions do not say it
+    if former != about:
+        counts = f"{former.get('images')} images then, {about['images']} now"
+        what = counts if former.get("images") != about["images"] else f"{counts}, but not the same"
+        remedy = "bring them back as they were, or give another --out"
+        raise ValueError(f"the data has changed since {path} was written ({what}): {remedy}")
+    if damage:
+        say(f"{damage[0]}; the run goes on from the checkpoint before it, {path}")
+    return found
+
+
+def open_checkpoint(path: Path) -> Any:
+    """What a checkpoint holds. Damaged, or OSError for what has nothing to do with its contents."""
+    sealed = False
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        sealed = machine.check_seal(path, "put a good copy there")
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Damaged:
+        raise
     except Exception as error:  # torch.load has no error of its own: many kinds come out of a damaged file
-        aside = path.with_name(f"checkpoint.pt.broken-{time.strftime('%Y%m%d-%H%M%S')}")
-        path.rename(aside)
-        raise ValueError(
-            f"{path} cannot be read (truncated or damaged), so it was moved to {aside}: the same command now starts "
-            f"this run from step 0, or put a good copy at {path} and it resumes from there"
-        ) from error
-    refuse_other_settings(settings, checkpoint["settings"], path)
-    return checkpoint
+        if sealed or isinstance(error, OSError | MemoryError) or "allocate" in str(error):
+            reason = f"{type(error).__name__}: {error}"
+            raise OSError(f"{path} cannot be read now ({reason}); it was left as it is") from error
+        raise Damaged(f"{path} is damaged ({error})") from error
 
 
 def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run; None if there is none, or if it was evaluated otherwise."""
-    path = folder / "metrics.json"
+    path, remedy = folder / "metrics.json", "remove it, and the same command evaluates again"
     if not path.exists():
         return None
-    metrics = json.loads(path.read_text("utf-8"))
+    metrics = machine.read_json(path, remedy)
+    kinds = {"settings": dict, "students": list, "teacher": dict, "protocol": str}
+    if not all(isinstance(metrics.get(key), kind) for key, kind in kinds.items()):
+        raise Damaged(f"{path} is not what train.py writes: {remedy}")
     refuse_other_settings(settings, metrics["settings"], path)
     now = plain(settings)
     return metrics if all(metrics["settings"].get(name) == now[name] for name in EVALUATION) else None

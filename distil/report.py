@@ -227,9 +227,8 @@ def curves(path: Path | str, log: Path | str) -> None:
     from matplotlib.ticker import LogLocator
 
     students: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in Path(log).read_text("utf-8").splitlines():
-        if line.endswith("}") and "student" in (record := json.loads(line)):  # a kill may leave half a last line
-            students.setdefault(record["student"], {})[record["step"]] = record  # a step that was repeated counts once
+    for record in machine.read_log(Path(log))[0]:
+        students.setdefault(record["student"], {})[record["step"]] = record  # a step that was repeated counts once
 
     figure = Figure(figsize=(15, 6.5), layout="constrained")
     *axes, last = figure.subplots(2, 4, sharex=True).flat

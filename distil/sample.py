@@ -8,7 +8,6 @@
 Image i of a seed starts from the same noise in every network, so images of two networks can be compared one by one.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil import calibrate, data, machine, teachers
+from distil import calibrate, data, machine, shards, teachers
 from distil.process import Guided, Process, process_of
-from distil.settings import PROCESSES, Parser, check_fields, flag, option
+from distil.settings import PROCESSES, SEED, Parser, check_fields, flag, option
 from distil.text_to_image import TextEncoder, Vae
-from models import Network
+from models import Network, fingerprint
 
 Conditions = Callable[[list[int]], dict[str, Tensor]]  # numbers of images -> what the network is told of them
 
@@ -137,7 +136,7 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
     All processes have to call this. ValueError if the folder holds other samples, OSError if they do not fit on disk.
     """
     folder, (rank, world) = Path(folder), machine.rank_and_world()
-    record = {"n": n, "shape": list(shape), **record, "weights": machine.fingerprint(net.state_dict().values())}
+    record = {"n": n, "shape": list(shape), **record, "weights": fingerprint(net.state_dict().values())}
     extents = {"samples.npy": (n, *shape), "done.npy": (n,)}
     if rank == 0 and not (folder / "samples.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,10 +146,13 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
         machine.write_json(folder / "samples.json", record)  # last: without it the files are not looked at
     if world > 1:
         dist.barrier()
-    former = json.loads((folder / "samples.json").read_text("utf-8"))
+    again = "remove its folder and give the same command again"
+    former = machine.read_json(folder / "samples.json", again)
     changes = [f"{key} was {former.get(key)}, is {new}" for key, new in record.items() if former.get(key) != new]
     if changes:
         raise ValueError(f"{folder} holds other samples ({', '.join(changes)}): give these settings or another --out")
+    for name, extent in extents.items():  # for writing, numpy would fill a file up that was cut off
+        shards.open_array(folder / name, extent, check=False)
     return [np.load(folder / name, mmap_mode="r+") for name in extents]
 
 
@@ -180,7 +182,7 @@ class Flags:
     """How networks are sampled. None: as their runs sampled, else by SAMPLER."""
 
     num: int | None = option(None, "images of each network; 16, or one for each prompt", int, low=1)
-    seed: int = option(0, "of the starting noise", int, low=0)
+    seed: int = option(0, "of the starting noise", int, **SEED)
     sample_steps: int | None = option(None, "DDIM steps; as the run's, else 100 or all that there are", int, low=1)
     eta: float | None = option(None, "DDIM eta, 0 deterministic, 1 ancestral; as the run's", float, low=0, high=1)
     spacing: str | None = option(None, "of the timesteps; as the run's", choices=("leading", "linspace"))
@@ -215,7 +217,8 @@ class Job(NamedTuple):
 def sampler_of(runs: Sequence[Path], flags: Flags) -> Flags:
     """The flags with all that was not given filled in: as the runs among these folders sampled, else by SAMPLER.
     ValueError if the runs did it differently, for then images of their networks could not be compared."""
-    configs = [json.loads(file.read_text("utf-8")) for run in runs for file in run.glob("config.json")]
+    remedy = "it must be the folder of a run or of a network"
+    configs = [machine.read_json(file, remedy) for run in runs for file in run.glob("config.json")]
     configs = [config for config in configs if "kd" in config]  # the others are of networks
     found = {}
     for name in [name for name in SAMPLER if getattr(flags, name) is None]:

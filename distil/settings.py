@@ -10,6 +10,8 @@ import argparse
 import difflib
 import hashlib
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
@@ -185,9 +187,14 @@ def folded_to(fold_steps: int | Sequence[int]) -> int:
     return fold_steps if isinstance(fold_steps, int) else len(fold_steps)
 
 
+LARGEST = {int: 10**9, numbers: 10**9, float: 1e6}  # of all flags that name no limit of their own
+SEED = {"low": 0, "high": 2**63 - 1}
+
+
 def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
     """A field of Settings that is also a flag. limits: choices, or low <= value <= high, above < value < below."""
-    return field(default=default, metadata={"text": text, "kind": kind, **limits})
+    most = {"high": LARGEST[kind]} if kind in LARGEST and "below" not in limits else {}
+    return field(default=default, metadata={"text": text, "kind": kind, **most, **limits})
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ class Settings:
     arch: str | None = option(None, "the teacher's architecture", choices=tuple(ARCHS))
     data: str | None = option(None, "folder with the data set's files, or of images; alone it means --dataset folder")
     vae: str | None = option(None, "of latents, to look at samples: folder or hub id; else the one that made them")
-    image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1)
+    image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1, high=4096)
     prune: float = option(
         0.9, "share of each layer's channels, or dit: of the blocks, that goes", float, low=0, below=1
     )
@@ -219,9 +226,9 @@ class Settings:
     head: str | None = option(None, "unet, dit: of the students, gives back what norms erase", choices=("statistics",))
     kd: tuple[str, ...] = option(("place",), "methods, one or more", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option(
-        (0,), "a student per method and seed: of its channels or blocks, dropout", int, low=0
+        (0,), "a student per method and seed: of its channels or blocks, dropout", int, **SEED
     )
-    seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, low=0)
+    seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, **SEED)
     teacher: str | None = option(None, "checkpoint, folder, hub id, auto (the public one), train (here, kept in runs)")
     student: str | None = option(None, f"network to start from: a folder; sd: or {', '.join(SD_STUDENTS)}")
     init: str | None = option(None, "their first weights: the teacher's, or random ones", choices=("teacher", "random"))
@@ -231,7 +238,7 @@ class Settings:
     fold_end: str | None = option(None, "of T' timesteps: as published, or at T - 1", choices=("published", "last"))
     teacher_steps: int | None = option(None, "steps of the teacher's own training", int, low=1)
     teacher_lr: float | None = option(None, "its learning rate", float, above=0)
-    channels: int | None = option(None, "its width at the first level, or dit: of a token", int, low=1)
+    channels: int | None = option(None, "its width at the first level, or dit: of a token", int, low=1, high=8192)
     channel_mults: tuple[int, ...] | None = option(
         None, "unet: its widths at all levels in multiples of that, as 1,2,2", numbers, low=1
     )
@@ -239,7 +246,7 @@ class Settings:
     teacher_norm_groups: int | None = option(None, "unet: groups of its norms; of about 4 channels", int, low=1)
     process: str | None = option(None, "of time: what is predicted, noise, v or velocity", choices=tuple(PROCESSES))
     steps: int | None = option(None, "distillation steps", int, low=1)
-    batch_size: int | None = option(None, "images per step, over all processes", int, low=1)
+    batch_size: int | None = option(None, "images per step, over all processes", int, low=1, high=10**6)
     lr: float | None = option(None, "learning rate of Adam", float, above=0)
     weight_decay: float | None = option(None, "of AdamW; with 0 it is Adam", float, low=0)
     warmup: int | None = option(None, "steps over which the learning rate grows from 0", int, low=0)
@@ -258,7 +265,9 @@ class Settings:
     group_size: int = option(16, "K of place: elements per group", int, low=2)
     norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
     schedule: str = option("adaptive", "w of lift and place", choices=("adaptive", "constant", "linear", "cosine"))
-    eval_samples: int | None = option(None, "images to sample from every student, 0: no evaluation", int, low=0)
+    eval_samples: int | None = option(
+        None, "images to sample from every student, 0: no evaluation", int, low=0, high=10**7
+    )
     sample_steps: int | None = option(None, "DDIM steps", int, low=1, high=1024)
     eta: float | None = option(None, "DDIM eta: 0 deterministic, 1 ancestral DDPM", float, low=0, high=1)
     spacing: str | None = option(None, "of the sampler: as ddim's, as DiT's", choices=("leading", "linspace"))
@@ -429,6 +438,8 @@ LIMITS = (("low", ge, "at least"), ("above", gt, "above"), ("high", le, "at most
 
 def check(name: str, value: Any, limits: Any) -> None:
     """ValueError, with what would work, unless the value keeps the limits of its field."""
+    if value == "" or "\0" in str(value):
+        raise ValueError(f"{name} {value!r} cannot be used, it must have characters, and none of them may be NUL")
     choices = limits.get("choices")
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
@@ -464,11 +475,28 @@ def restored(config: dict[str, Any]) -> Settings:
 # of every program they are the fields of a dataclass, made by `option`
 
 
+def leave_on_signals(program: str) -> None:
+    """From here on Ctrl-C and SIGTERM end the program with one line and exit code 130 or 143, without a traceback."""
+
+    def leave(number: int, frame: Any) -> None:
+        print(f"\n{program}: ended by {signal.Signals(number).name}; the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one sentence and exit code 2."""
 
     def __init__(self, program: str, description: str | None = None):
         super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, argv: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """As argparse's; a program whose own command line this is ends with one line on Ctrl-C and SIGTERM."""
+        if argv is None:
+            leave_on_signals(self.prog)
+        return super().parse_args(argv, namespace)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")

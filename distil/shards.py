@@ -1,6 +1,7 @@
 """Arrays too large for memory, indexed as others are: in shards on disk, or decoded whenever they are asked for.
 
-A shard is a .npy file of SHARD rows that appears when it is whole, so an interrupted call goes on where it was.
+A shard is a .npy file of SHARD rows that appears when it is whole, so an interrupted call goes on where it was. Behind
+the rows stands their checksum, which is looked at when a shard is read for the first time.
 """
 
 import contextlib
@@ -117,30 +118,48 @@ def write_shards(
     with machine.progress_bar(total=sum(sizes), desc=what, unit="img", disable=rank > 0 or not todo) as bar:
         for i, size in zip(todo, sizes, strict=True):
             with contextlib.ExitStack() as stack:  # it renames the last file first
+                files = {name: stack.enter_context(machine.whole(shard_file(folder, name, i))) for name in arrays}
                 parts = {}
                 for name, (shape, dtype) in arrays.items():
-                    part = stack.enter_context(machine.whole(shard_file(folder, name, i)))
-                    parts[name] = np.lib.format.open_memmap(part, "w+", dtype, (size, *shape))
+                    parts[name] = np.lib.format.open_memmap(files[name], "w+", dtype, (size, *shape))
+                    machine.reserve(files[name])
                 for first in range(0, size, batch):
                     rows = np.arange(first, min(first + batch, size))
                     for name, values in make(i * SHARD + rows).items():
                         parts[name][rows] = values
                     bar.update(len(rows))
-                for part in parts.values():
+                for name, part in parts.items():
                     part.flush()
+                    machine.seal(files[name])
 
 
-def open_array(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The memory-mapped array of a file; FileNotFoundError or ValueError where it is missing or damaged."""
-    again = f"run the command that wrote into {file.parent} again, that completes it"
+def save_array(file: Path, values: np.ndarray) -> None:
+    """Writes a .npy file with its checksum, whole or not at all."""
+    with machine.whole(file) as part:
+        with part.open("wb") as opened:
+            np.save(opened, values)
+        machine.seal(part)
+
+
+def remedy(file: Path) -> str:
+    return f"remove it and run the command that wrote into {file.parent} again, that completes it"
+
+
+def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) -> np.ndarray:
+    """The memory-mapped array of a file; FileNotFoundError or ValueError where it is missing or damaged.
+
+    check: whether its checksum is looked at, for which all of it is read.
+    """
     try:
         found = np.load(file, mmap_mode="r")
-        if found.shape != shape:
+        if found.shape != (shape or found.shape):
             raise ValueError(f"its shape is {found.shape}, not {shape}")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is missing: {again}") from error
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it and {again}") from error
+        raise FileNotFoundError(f"{file} is missing: {remedy(file).partition('and ')[2]}") from error
+    except (ValueError, EOFError, AttributeError) as error:
+        raise machine.Damaged(f"{file} is damaged ({error}): {remedy(file)}") from error
+    if check:
+        machine.check_seal(file, remedy(file))
     return found
 
 
@@ -150,15 +169,32 @@ class Shards(Rows):
     def __init__(self, folder: Path, name: str, shape: tuple[int, ...], per_file: int | None = None):
         self.per_file = per_file or SHARD
         sizes = [min(self.per_file, shape[0] - start) for start in range(0, shape[0], self.per_file)]
-        numbered = enumerate(sizes)
-        self.files = [open_array(shard_file(folder, name, i), (size, *shape[1:])) for i, size in numbered]
+        self.paths = [shard_file(folder, name, i) for i in range(len(sizes))]
+        shapes = [(size, *shape[1:]) for size in sizes]
+        self.files = [open_array(path, shape, check=False) for path, shape in zip(self.paths, shapes, strict=True)]
+        self.unread = set(range(len(sizes)))  # whose checksum has not been looked at
         dtype = self.files[0].dtype
         super().__init__(shape, np.float32 if dtype == np.float16 else dtype)
 
     def read(self, rows: np.ndarray, found: np.ndarray) -> None:
         numbers, inside = np.divmod(rows, self.per_file)
-        for i in np.unique(numbers):
+        for i in np.unique(numbers).tolist():
+            if i in self.unread:
+                machine.check_seal(self.paths[i], remedy(self.paths[i]))
+                self.unread.discard(i)
             found[numbers == i] = self.files[i][inside[numbers == i]]
+
+    def seals(self) -> bytes:
+        """The checksums of all files; those of earlier versions have none, and their sizes stand for them."""
+        return repr([machine.seal_of(path) or path.stat().st_size for path in self.paths]).encode()
+
+
+def number(file: Path) -> int:
+    """The one number in a .npy file."""
+    try:
+        return int(np.load(file).reshape(()))
+    except (ValueError, TypeError, EOFError, AttributeError) as error:
+        raise machine.Damaged(f"{file} holds no number ({error})") from error
 
 
 def numbers(entry: Path, name: str, files: Sequence[Path]) -> np.ndarray:
@@ -166,7 +202,7 @@ def numbers(entry: Path, name: str, files: Sequence[Path]) -> np.ndarray:
     pool = ThreadPoolExecutor()
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: np.array([int(array.reshape(())) for array in pool.map(np.load, [files[row] for row in rows])])}
+        return {name: np.array([*pool.map(number, [files[row] for row in rows])])}
 
     write_shards(entry, {name: ((), np.int64)}, len(files), read, batch=256, what=name)
     return Shards(entry, name, (len(files),))[:]

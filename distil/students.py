@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -110,6 +110,9 @@ def masked_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     return sum(mse_loss(masked(s.float()), masked(t.detach().float())) for s, t in pairs) / len(student)
 
 
+PATIENCE = 10  # steps that are not finite, one after the other, after which a student learns no more
+HALVINGS = 16  # until the scale of half precision, which starts at 2 ** 16, has come to 1
+
 FEATURES = {"diff-pruning": feature_loss, "bk-sdm": mean_feature_loss, "tinyfusion": masked_feature_loss}
 
 
@@ -154,6 +157,8 @@ class Student:
     ema      the average of the weights of `net`, which is evaluated and saved
     kd       what it learns from: a `train.Method`; method: its name
     seconds  how long its share of all steps took
+    bad      (), on the device: how many steps in a row were not finite and left out
+    stopped  the step before which it ceased to learn, None for one that learns
     """
 
     def __init__(self, settings: Settings, kd: Any, seed: int, net: Network, teacher: nn.Module | None = None):
@@ -172,6 +177,10 @@ class Student:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
         half = find_dtype(settings, self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.patience = PATIENCE + HALVINGS * half
+        self.bad, self.stopped = torch.zeros((), device=self.device), None
+        own = set(self.net.parameters())
+        self.adapters = [p for p in self.model.parameters() if p not in own]
 
     def _distribute(self) -> None:
         self.parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
@@ -186,7 +195,33 @@ class Student:
 
     def clip(self, limit: float) -> Tensor:
         """Clips the gradient of the network, not of its adapters. Returns its norm before that, ()."""
-        return nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        return self.norm(self.net.parameters(), limit)
+
+    def norm(self, weights: Iterable[Tensor], limit: float) -> Tensor:
+        """The norm of their gradient, (), which is clipped to the limit."""
+        return nn.utils.clip_grad_norm_(weights, limit)
+
+    def diverged(self) -> bool:
+        """Whether so many steps in a row were not finite that it learns no more; this waits for the device."""
+        return bool(self.bad >= self.patience)
+
+    def advance(self, loss: Tensor, norm: Tensor) -> None:
+        """A step of the optimizer; none if its loss (), the norm () of its gradient or an adapter's is not finite, and
+        none ever after `patience` such steps in a row. No device is waited for but where AdamW is not fused.
+        """
+        numbers = [loss, norm, *([self.norm(self.adapters, math.inf)] if self.adapters else [])]
+        finite = torch.stack([number.detach() for number in numbers]).isfinite().all()
+        skip = ~finite | (self.bad >= self.patience)
+        self.bad = (self.bad + 1) * skip
+        if self.scaler.is_enabled():
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                found.copy_(torch.maximum(found, skip))
+            self.scaler.step(self.optimizer)
+        elif self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skip.float()
+            self.optimizer.step()
+        elif not skip:
+            self.optimizer.step()
 
     def average(self) -> Network:
         """The average as one whole network, on rank 0. Every process has to call it."""
@@ -194,21 +229,32 @@ class Student:
 
     @property
     def updates(self) -> int:
-        """How often the optimizer moved the weights; in fp16 it leaves out steps whose gradient overflowed."""
+        """How often the optimizer moved the weights; it leaves out steps that were not finite."""
         states = iter(self.optimizer.state.values())
         return int(next(states, {"step": 0})["step"])
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: plain tensors and numbers. Every process has to call it; rank 0 gets them all."""
         parts = {"module": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {"seconds": self.seconds, **{name: part.state_dict() for name, part in parts.items()}}
+        return {**self.history(), **{name: part.state_dict() for name, part in parts.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to what `state` returned."""
+        """Goes back to what `state` returned, now or before there were steps to skip."""
         parts = {"module": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        self.seconds = state["seconds"]
+        for weight, moments in self.optimizer.state.items():
+            if any(moment.ndim and moment.shape != weight.shape for moment in moments.values()):
+                raise ValueError("the state of its optimizer has other shapes")
+        self.remember(state)
+
+    def history(self) -> dict[str, Any]:
+        """What a state holds beside tensors."""
+        return {"seconds": self.seconds, "bad": self.bad.item(), "stopped": self.stopped}
+
+    def remember(self, state: dict[str, Any]) -> None:
+        self.seconds, self.stopped = state["seconds"], state.get("stopped")
+        self.bad = torch.tensor(state.get("bad", 0.0), device=self.device)
 
 
 class ShardedStudent(Student):
@@ -227,8 +273,8 @@ class ShardedStudent(Student):
         self.model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def clip(self, limit: float) -> Tensor:
-        return super().clip(limit).full_tensor()
+    def norm(self, weights: Iterable[Tensor], limit: float) -> Tensor:
+        return super().norm(weights, limit).full_tensor()
 
     def average(self) -> Network:
         from torch.distributed.checkpoint import state_dict as sharded
@@ -245,7 +291,7 @@ class ShardedStudent(Student):
         parts = {"module": self.model, "ema": self.ema}
         parts = {name: sharded.get_model_state_dict(net, options=options) for name, net in parts.items()}
         parts["optimizer"] = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        return {"seconds": self.seconds, **parts, "scaler": self.scaler.state_dict()}
+        return {**self.history(), **parts, "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         from torch.distributed.checkpoint import state_dict as sharded
@@ -255,7 +301,7 @@ class ShardedStudent(Student):
         sharded.set_model_state_dict(self.ema, state["ema"], options=options)
         sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
         self.scaler.load_state_dict(state["scaler"])
-        self.seconds = state["seconds"]
+        self.remember(state)
 
 
 def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:

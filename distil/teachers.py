@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import models
 from distil import machine
-from distil.process import DDPM, RectifiedFlow
+from distil.process import DDPM, RectifiedFlow, process_of
 from distil.settings import PROCESSES
 from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, Diffusers, first_line
 from models import FILES, DiT, Network, UNet, build, check_fit, read_weights
@@ -51,7 +51,9 @@ def load(where: str | os.PathLike) -> Network:
         config = json.loads((folder / "config.json").read_text())
         kind = config.get("_class_name") if isinstance(config, dict) else None
         if kind is None:
-            return models.load(folder)
+            net = models.load(folder)
+            process_of(net)  # refuses one that there is not
+            return net
         ours = _unet_config(config)
         if ours is None and kind not in FOREIGN:
             raise ValueError(f"it is a {kind}, of diffusers only {', '.join(FOREIGN)} can be read")
@@ -64,8 +66,10 @@ def load(where: str | os.PathLike) -> Network:
             net = FOREIGN[kind].of(config, state)
         else:
             net = build(UNet, ours, _unet_names(weights, len(ours["channel_mults"])))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(f"{folder} "):
+            raise
+        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from error
     scheduler = next((pipeline / file for file in SCHEDULERS if (pipeline / file).is_file()), None)
     net.process = config.get("_process", {}) if scheduler is None else _process(scheduler)  # our own students say it
     return net.eval()

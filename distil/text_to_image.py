@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distil import machine
 from distil.settings import SD_STUDENTS
-from models import Network, check_fit
+from models import Network, check_fit, fingerprint, sealed
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 INSTALL = '-e ".[sd]"'
@@ -112,7 +112,7 @@ class Diffusers(Network):
         with machine.whole(folder / "config.json") as config, machine.whole(folder / WEIGHTS[0]) as weights:
             said = json.loads(self.net.to_json_string())  # diffusers passes over names with an underscore
             config.write_text(json.dumps(said | ({"_process": self.process} if self.process else {}), indent=2) + "\n")
-            save_file(state, weights, metadata={"format": "pt"})
+            save_file(state, weights, metadata=sealed(state))
             weights.chmod(config.stat().st_mode)  # safetensors would shut out all other users
 
 
@@ -284,7 +284,7 @@ class Vae:
         config = self.net.config
         self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
         self.scaling, self.shift = config.scaling_factor, config.shift_factor or 0.0
-        self.record = {"vae": str(where), "fingerprint": machine.fingerprint(self.net.state_dict().values())}
+        self.record = {"vae": str(where), "fingerprint": fingerprint(self.net.state_dict().values())}
         self.record |= {"scaling": self.scaling, "shift": self.shift}
 
     @torch.no_grad()
@@ -334,12 +334,12 @@ class TextEncoder:
             unused = {"vae", "safety_checker", "feature_extractor", "image_encoder", *(() if t5 else T5)}
             absent = {name for name in index if name in unused or index[name] == [None, None]}
             given = {self.kind.folder: net, **dict.fromkeys(absent)}
-            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(str(where), **given)
+            self.pipeline = diffusers.DiffusionPipeline.from_pretrained(str(where), use_safetensors=True, **given)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{where} has no text encoders that can be read: {first_line(error)}") from error
         parts = self.pipeline.components
         encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and part}
-        # Not machine.fingerprint: it hashes the first values in bfloat16, which all devices and old records agree on.
+        # Not models.fingerprint: it hashes the first values in bfloat16, which all devices and old records agree on.
         digest = hashlib.sha256()
         for part in encoders.values():
             part.requires_grad_(False).eval().to(self.device, dtype)
@@ -367,7 +367,7 @@ class ClipScore:
     def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
         transformers = machine.library("transformers", "the CLIP score", INSTALL)
         try:
-            self.model = transformers.CLIPModel.from_pretrained(str(where)).eval().to(device)
+            self.model = transformers.CLIPModel.from_pretrained(str(where), use_safetensors=True).eval().to(device)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(where))
             self.processor = transformers.CLIPImageProcessor.from_pretrained(str(where))
         except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration
 from distil.doctor import open_case
 from distil.process import DDPM, Guided, RectifiedFlow, process_of
 from distil.settings import parse
-from models import DiT, Network, UNet, correct, statistics
+from models import DiT, Network, UNet, correct, fingerprint, statistics
 
 TIMES = [40, 400, 800]
 
@@ -161,9 +161,9 @@ def test_a_calibrated_network_is_like_any_other():
                 assert getattr(net, name) is getattr(inner, name), name
         assert process_of(net).steps == 20 and net.no_condition() == inner.no_condition()
         assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in inner.parameters())
-        before = machine.fingerprint(net.state_dict().values())
+        before = fingerprint(net.state_dict().values())
         calibration.weights[0, 0, 0, 0] += 1e-3
-        assert machine.fingerprint(net.state_dict().values()) != before  # samples on disk tell the difference
+        assert fingerprint(net.state_dict().values()) != before  # samples on disk tell the difference
 
 
 def test_saved_and_loaded_bit_for_bit_and_off_by_one_word(tmp_path):

@@ -304,6 +304,80 @@ def test_the_substitute_of_an_unreadable_image_has_its_label(monkeypatch):
         images[5]
 
 
+# ---- What lies in folders --------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_the_images_and_their_labels(tmp_path, read):
+    root = tmp_path / "classes"
+    for name, color in (("ant/1.png", 10), ("bee/2.png", 20), ("bee/3.png", 30)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(color=(color,) * 3).save(root / name)
+    before = read(root).about
+    assert before["images"] == 3 and before["fingerprint"] and load("digits").about["images"] == 1500
+    os.utime(root / "ant/1.png", ns=(1, 1))
+    assert read(root).about == before  # not of the times
+    (root / "bee" / "3.png").rename(root / "ant" / "3.png")
+    assert read(root).about != before
+    (root / "ant" / "3.png").rename(root / "bee" / "3.png")
+    (root / "bee" / "2.png").unlink()
+    picture(color=(40,) * 3).save(root / "bee" / "4.png")
+    other = read(root).about
+    assert other["images"] == 3 and other != before
+    assert load("digits").about != load("digits", seed=1).about
+
+
+def test_links_are_followed_once_and_what_is_no_file_is_left_out(tmp_path, read, capsys):
+    root, elsewhere = tmp_path / "in" / "pictures", tmp_path / "elsewhere"
+    for place in (root / "a", elsewhere / "b", tmp_path / "third"):
+        place.mkdir(parents=True)
+        picture().save(place / "1.png")
+    for name, target in (("up", ".."), ("self", "."), ("again", "."), ("a2", "a"), ("out", elsewhere)):
+        (root / name).symlink_to(target)
+    (elsewhere / "back").symlink_to(root)
+    (elsewhere / "on").symlink_to(tmp_path / "third")  # would leave the folder twice
+    (root / "a" / "gone.png").symlink_to("nowhere.png")
+    (root / "a" / "linked.png").symlink_to(elsewhere / "b" / "1.png")
+    os.mkfifo(root / "a" / "pipe.png")
+    assert data.image_files(root) == ["a/1.png", "a/linked.png", "out/b/1.png"]
+    assert "8 links in a circle, or no files, are left out" in capsys.readouterr().err
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*loop"):
+        load("folder", tmp_path / "loop")
+
+
+def test_images_that_would_take_the_memory_or_another_program_are_unreadable(tmp_path, monkeypatch):
+    postscript = tmp_path / "a.png"
+    picture().save(postscript, "EPS")
+    with pytest.raises(OSError, match="cannot identify"):
+        data.decode(postscript, 8, 3)
+    Image.new("L", (6550, 1)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="6550x1 pixels: more than 178,956,970, or 100 times as long"):
+        data.decode(tmp_path / "b.png", 8, 3)
+    Image.fromarray(np.array([[-1, 70], [3, 4]], np.int32)).save(tmp_path / "c.tif")
+    with pytest.raises(ValueError, match="more than 16 bits"):
+        data.decode(tmp_path / "c.tif", 2, 1)
+    fine = picture(256, 256)
+    (tmp_path / "d.jpg").write_bytes(encoded(fine))
+    whole = data.decode(tmp_path / "d.jpg", 8, 3)
+    monkeypatch.setattr(data, "LARGE", 1000)
+    assert data.open_image(tmp_path / "d.jpg", 8).size == (64, 64)  # a quarter of each side, which is quicker
+    assert np.abs(data.decode(tmp_path / "d.jpg", 8, 3).astype(int) - whole).max() <= 4
+
+
+@pytest.mark.usefixtures("shards_of_2")
+def test_a_changed_bit_in_the_cache_is_found_when_its_shard_is_read(folder, read, tmp_path):
+    read(folder)
+    (entry,) = (tmp_path / "cache").iterdir()
+    file = entry / "images-00001.npy"
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1
+    file.write_bytes(content)
+    images = read(folder).images
+    assert images[:2].shape == (2, 3, 8, 8)  # of another shard
+    with pytest.raises(ValueError, match=r"images-00001.npy is damaged.*another checksum.*remove it and run"):
+        images[2:4]
+
+
 # ---- Published data sets: small files in their formats ---------------------------------------------------------------
 
 CELEBA_SPLITS = [0, 1, 2, 0, 0, 2]  # of the images 000001.jpg, 000002.jpg, ...

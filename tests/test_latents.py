@@ -214,6 +214,16 @@ def spoil(path):
     Path(path).write_bytes(b"no array")
 
 
+def flip(path):
+    content = bytearray(Path(path).read_bytes())
+    content[-100] ^= 1  # of the last row
+    Path(path).write_bytes(content)
+
+
+def change(path, **record):
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | record))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -227,6 +237,12 @@ def spoil(path):
         (lambda: spoil("latents/latents.json"), "latents.json is damaged"),
         (lambda: Path("latents/latents.json").write_text('{"count": 21}'), "latents.json is damaged .KeyError"),
         (lambda: remove("latents/latents.json"), "holds no latents"),
+        (lambda: flip("latents/labels.npy"), "labels.npy is damaged.*another checksum"),
+        (lambda: change("latents/latents.json", shard=0), "latents.json is damaged"),
+        (lambda: change("latents/latents.json", count=-1), "latents.json is damaged"),
+        (lambda: change("latents/latents.json", size="big"), "latents.json is damaged"),
+        (lambda: change("latents/latents.json", classes=1), "labels.npy holds labels outside of 0 to 0"),
+        (lambda: Path("latents/latents.json").write_text("[" * 100_000), "latents.json is damaged"),
     ],
 )
 def test_a_folder_of_latents_that_is_not_whole_is_refused(change, message, workspace):
@@ -274,12 +290,32 @@ def test_the_command_refuses_what_it_cannot_use(changes, message, workspace, cap
         ("file_name,caption\n0.png,a\n", "needs file_name and text, but one is .*caption"),
         ("file_name,text\n0.png,a\n", "names 1 images that are not there, such as 0.png"),
         ("file_name,text\n", "holds no image with a caption"),
+        ("file_name,text\n../a.png,a\n", "names files outside of its folder, such as '../a.png'"),
+        ("file_name,text\n/etc/passwd,a\n", "names files outside of its folder, such as '/etc/passwd'"),
+        ("\udcff", "the captions in .* cannot be read: .*utf-8"),
     ],
 )
 def test_captions_that_cannot_be_read_say_why(table, message, tmp_path):
     if table:
-        (tmp_path / "metadata.csv").write_text(table)
+        (tmp_path / "metadata.csv").write_bytes(table.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read_captions(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere"):
         read_captions(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("rows", ["[1, 2]", "{", "[" * 100_000, "null"])
+def test_rows_and_tars_that_are_odd_say_why(rows, tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=r"cannot be read|needs file_name and text"):
+        read_captions(tmp_path)
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, content in (("a.png", b""), ("a.json", rows.encode()), ("b.txt", b"\xff")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("c.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_captions(tmp_path / "odd.tar")

@@ -151,6 +151,11 @@ def test_digit_classifier_is_good_and_cached(digits, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])  # damaged: made anew, and the same
     third = metrics.digit_classifier(8, tmp_path, steps=200)
     torch.testing.assert_close(third.features(images), features, rtol=1e-3, atol=1e-2)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # a weight
+    file.write_bytes(content)
+    fourth = metrics.digit_classifier(8, tmp_path, steps=200)
+    torch.testing.assert_close(fourth.features(images), third.features(images))
     assert [file] == list(tmp_path.iterdir())
     assert metrics.DigitClassifier().features(torch.zeros(3, 1, 16, 16, dtype=torch.uint8)).shape == (3, 64)
 
@@ -181,6 +186,7 @@ def test_weights_of_inception_that_cannot_be_had_or_read(tmp_path, monkeypatch):
         for _ in range(2):
             with pytest.raises(ValueError, match=rf"Inception weights {weights} .*: get https://.* and put it there"):
                 metrics.Inception("legacy_pytorch")
+            weights.parent.mkdir(parents=True, exist_ok=True)
             weights.write_bytes(b"half a file")
     finally:
         urllib.request.install_opener(None)
@@ -282,6 +288,19 @@ def test_a_published_reference_is_read(tmp_path, digits):
         with pytest.raises(ValueError, match=rf"--reference .*{name}.npz .*{words}"):
             metrics.read_reference(str(tmp_path / f"{name}.npz"), means)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("mode", metrics.MODES[:3])  # of clean-fid
+def test_weights_of_inception_are_opened_only_with_the_published_checksum(mode, tmp_path, monkeypatch):
+    """A TorchScript file can run anything: another one is refused unopened, wherever it comes from."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("opened"))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name, _ in metrics.INCEPTION.values():
+        torch.save({}, folder / name)
+    with pytest.raises(ValueError, match=r"not the published ones, by their checksum\): get https://"):
+        metrics.Inception(mode)
 
 
 def test_reference_features_are_computed_once(tmp_path):

@@ -1,6 +1,7 @@
 """The U-Net and the DiT against the published ones, pruning against published sizes and choices, saving, loading."""
 
 import copy
+import hashlib
 import json
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from models import (
     Network,
     UNet,
     correct,
+    fingerprint,
     group_widths,
     load,
     load_checkpoint,
@@ -581,6 +583,17 @@ def test_saved_networks_come_back_bit_for_bit(small, batch, tmp_path):
     assert json.loads((folder / "config.json").read_text())["class"] == "UNet"
 
 
+def test_a_fingerprint_changes_with_any_bit():
+    tensors = [torch.arange(6.0).reshape(2, 3), torch.tensor([1, 2]), torch.ones(3, dtype=torch.bfloat16)]
+    digest = hashlib.sha256(b"".join(x.view(torch.uint8).numpy().tobytes() for x in tensors)).hexdigest()
+    assert fingerprint(tensors) == fingerprint(iter(tensors)) == digest[:16]
+    assert fingerprint([tensors[0].T.contiguous().T, *tensors[1:]]) == digest[:16]  # not with the memory layout
+    for i in range(3):
+        changed = [x.clone() for x in tensors]
+        changed[i].view(torch.uint8).view(-1)[-1] ^= 1
+        assert fingerprint(changed) != digest[:16]
+
+
 def test_folders_of_older_versions_load(batch, tmp_path):
     """Their config.json also has the widths of a pruned network, and the timesteps of a folded one."""
     student = lean(0.75)
@@ -619,6 +632,44 @@ def test_a_save_that_fails_leaves_the_older_network_whole_and_a_cut_file_is_refu
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+def spoil(weights: dict, how: str) -> dict:
+    """Weights that cannot be used, or that can: in half precision."""
+    name, tensor = next(iter(weights.items()))
+    changed = {"nan": tensor * torch.nan, "int": tensor.long(), "half": tensor.half()}
+    return {**weights, name: changed[how]}
+
+
+def test_weights_that_are_no_finite_floats_and_changed_bits_are_refused(small, tmp_path):
+    small.save(tmp_path)
+    file = tmp_path / FILES[0]
+    weights, content = load_file(file), bytearray(file.read_bytes())
+    for i in (-1, -1000, len(content) // 2):
+        changed = content.copy()
+        changed[i] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"cannot be loaded: .*model\.safetensors .*damaged"):
+            load(tmp_path)
+    for how in ("nan", "int"):
+        save_file(spoil(weights, how), file)
+        with pytest.raises(ValueError, match="is not all finite floats"):
+            load(tmp_path)
+        torch.save(spoil(weights, how), tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=r"weights\.pt holds no weights .* is not all finite floats"):
+            load_checkpoint(small, tmp_path / "weights.pt")
+    save_file(spoil(weights, "half"), file)
+    assert all(p.dtype == torch.float32 for p in load(tmp_path).parameters())
+
+
+@pytest.mark.parametrize("settings", [{"channels": 10**9}, {"num_res_blocks": 10**9}, {"channel_mults": [1, 10**12]},
+                                      {"image_size": -8}, {"process": 3}, {"channel_mults": [[[1]]]}])  # fmt: skip
+def test_absurd_sizes_are_refused_at_once(settings, small, tmp_path):
+    small.save(tmp_path)
+    config = json.loads((tmp_path / FILES[1]).read_text())
+    (tmp_path / FILES[1]).write_text(json.dumps({**config, **settings}))
+    with pytest.raises(ValueError, match="cannot be loaded: "):
         load(tmp_path)
 
 

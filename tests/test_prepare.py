@@ -1,7 +1,9 @@
 """What a run starts from: batches, the run of its teacher, the networks of its students, what an earlier run left."""
 
+import errno
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distil import data, prepare
+from distil import data, machine, prepare
 from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
 from distil.process import DDPM
 from distil.settings import DEPTH_METHODS, OPEN, Settings, parse, plain
@@ -25,7 +27,7 @@ def some_latents(n=24) -> data.Images:
 
 
 def a_run(settings: Settings, images: data.Images) -> Run:
-    return Run(settings, CPU, images, *[None] * 7)
+    return Run(settings, CPU, images, *[None] * 6)
 
 
 def a_teacher(depth=6) -> DiT:
@@ -362,17 +364,54 @@ def test_the_students_of_table_3_have_their_published_size(prune, depth, count):
 
 def test_a_finished_run_is_recognised_and_another_one_refused(tmp_path):
     settings = Settings(out=str(tmp_path))
-    assert prepare.read_checkpoint(settings, tmp_path) is None and prepare.read_metrics(settings, tmp_path) is None
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": plain(settings)}))
+    about = images_of().about
+
+    def read_checkpoint(settings, folder):
+        return prepare.read_checkpoint(settings, folder, about)
+
+    assert read_checkpoint(settings, tmp_path) is None and prepare.read_metrics(settings, tmp_path) is None
+    rows = {"teacher": {}, "students": [], "protocol": ""}
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": plain(settings), **rows}))
     torch.save({"step": 3, "settings": plain(settings), "students": {}}, tmp_path / "checkpoint.pt")
     watched = {"out": "elsewhere", "device": "cpu", "log": "wandb", "log_every": 7, "save_every": 9, "preview_every": 3}
     assert prepare.read_metrics(Settings(**watched), tmp_path)["settings"] == plain(settings)
     for sampled in ({"sample_steps": 7}, {"eta": 1.0}, {"eval_samples": 0}, {"clip_x0": True}, {"guidance": 2.0}):
         other = Settings(**sampled)
-        assert prepare.read_metrics(other, tmp_path) is None and prepare.read_checkpoint(other, tmp_path)["step"] == 3
-    for read in (prepare.read_metrics, prepare.read_checkpoint):
+        assert prepare.read_metrics(other, tmp_path) is None and read_checkpoint(other, tmp_path)["step"] == 3
+    for read in (prepare.read_metrics, read_checkpoint):
         with pytest.raises(ValueError, match=r"--lr was 0.005, is 0.001, --clip was 1.0, is 2.0\): give the former"):
             read(Settings(lr=0.001, clip=2.0), tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone_and_a_wrong_one_refused(tmp_path, monkeypatch):
+    settings, about, path = Settings(out=str(tmp_path)), images_of().about, tmp_path / "checkpoint.pt"
+    content = {"step": 3, "settings": plain(settings), "data": about, "students": {}}
+    torch.save(content, path)
+    for seal in (False, True):  # the first is of an earlier version
+        if seal:
+            machine.seal(path)
+        assert prepare.read_checkpoint(settings, tmp_path, about)["step"] == 3
+        passing = [OSError(number, os.strerror(number)) for number in (errno.EIO, errno.EMFILE, errno.EACCES)]
+        for error in (*passing, MemoryError(), RuntimeError("can't allocate memory")):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+                with pytest.raises(OSError, match=r"cannot be read now .*it was left as it is"):
+                    prepare.read_checkpoint(settings, tmp_path, about)
+            assert [*tmp_path.iterdir()] == [path]
+    with pytest.raises(ValueError, match=r"the data has changed since .*\(8 images then, 9 now\): bring them back"):
+        prepare.read_checkpoint(settings, tmp_path, about | {"images": 9})
+    with pytest.raises(ValueError, match=r"\(8 images then, 8 now, but not the same\)"):
+        prepare.read_checkpoint(settings, tmp_path, about | {"fingerprint": "another"})
+    wrong = ([], {}, 7, content | {"step": 10**9}, content | {"step": -1}, content | {"step": "x"},
+             content | {"students": []}, content | {"settings": None})  # fmt: skip
+    for other in wrong:
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=r"checkpoint.pt .*: move it away, or give another --out"):
+            prepare.read_checkpoint(settings, tmp_path, about)
+    for other in ("[]", "7", "{", '{"settings": {}}', "[" * 100_000):
+        (tmp_path / "metrics.json").write_text(other)
+        with pytest.raises(ValueError, match=r"metrics.json is .*: remove it, and the same command evaluates again"):
+            prepare.read_metrics(settings, tmp_path)
 
 
 # ---- What the data does not know -------------------------------------------------------------------------------------

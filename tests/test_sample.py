@@ -201,6 +201,17 @@ def test_samples_of_other_settings_are_refused_and_left_alone():
         sample.open_samples("huge", net, 10**12, (3, 256, 256))
 
 
+def test_samples_that_were_cut_off_are_refused(tmp_path):
+    folder, net = tmp_path / "cut", tiny()
+    sample.open_samples(folder, net, 8, SHAPE)
+    for name in ("samples.npy", "done.npy"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) - 4])
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            sample.open_samples(folder, net, 8, SHAPE)
+        (folder / name).write_bytes(content)
+
+
 def test_images_that_are_not_finite_are_marked():
     class Diverging(Halver):
         shape = SHAPE

@@ -178,7 +178,7 @@ def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
     before = [adapter.weight.clone() for adapter in student.model.adapters]
     output, features = student.predict(X, T, {})
     (student.kd.features(features, tapped(X, T)[1], 64) + output.square().sum()).backward()
-    assert train.update(Settings(**given), student, 0) > 1e-3  # the norm before clipping
+    assert train.update(Settings(**given), student, 0, torch.zeros(())) > 1e-3  # the norm before clipping
     assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(student.model.adapters, before, strict=True))
     assert student.ema.state_dict().keys() == weights.keys() and all(p.grad is None for p in teacher.parameters())
     assert a_student("none", a_unet(), tapped).model.state_dict().keys() == teacher.state_dict().keys()
@@ -190,7 +190,7 @@ def test_the_average_warms_up_then_keeps_its_rate():
     assert torch.equal(expected, student.net.conv_in.weight) and student.net.training and not student.ema.training
     for at in range(20):
         student.net.conv_in.weight.grad = torch.ones_like(student.net.conv_in.weight)
-        train.update(settings, student, at)
+        train.update(settings, student, at, torch.zeros(()))
         rate = min(0.5, (1 + at) / (10 + at))
         expected = rate * expected + (1 - rate) * student.net.conv_in.weight.detach()
     torch.testing.assert_close(student.ema.conv_in.weight, expected)
@@ -203,9 +203,9 @@ def test_a_state_brings_everything_back_and_has_the_keys_of_earlier_checkpoints(
     student.seconds = 2.5
     for p in student.model.parameters():
         p.grad = torch.ones_like(p)
-    train.update(Settings(), student, 0)
+    train.update(Settings(), student, 0, torch.zeros(()))
     state = student.state()
-    assert list(state) == ["seconds", "module", "ema", "optimizer", "scaler"]
+    assert list(state) == ["seconds", "bad", "stopped", "module", "ema", "optimizer", "scaler"]
     assert {name.split(".")[0] for name in state["module"]} == {"net", "adapters"}
     torch.save(state, tmp_path / "state.pt")
     assert not equal(other.state(), state)

@@ -1,8 +1,10 @@
 """The run: what it trains, that it resumes exactly, that it can be split over processes, and what it refuses."""
 
 import contextlib
+import errno
 import functools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 import lift_place
 import models
 import train
-from distil import data, metrics, prepare, report, teachers
+from distil import data, machine, metrics, prepare, report, teachers
 from distil.fast_loss import place
 from distil.prepare import Batch, teacher_settings
 from distil.process import DDPM
@@ -100,14 +102,20 @@ def processes():
         process.kill()
 
 
-def in_process(folder: str, commands: list[list[str]], rank: int | None = None, ports=(), kill_at: int = -1) -> None:
-    """These runs of train.py, as one of two processes if it has a rank; SIGKILL before the step `kill_at`."""
+def in_process(
+    folder: str, commands: list[list[str]], rank: int | None = None, ports=(), kill_at: int = -1,
+    signal_at: int = -1,
+) -> None:  # fmt: skip
+    """These runs of train.py, as one of two processes if it has a rank; SIGKILL before the step `kill_at`, SIGTERM
+    before the step `signal_at`."""
     os.chdir(folder)
     report.curves, metrics.macs, step = lambda *_: None, lambda net: 0, train.step
 
     def step_or_die(*given):
         if given[5] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)  # no chance to tidy up
+        if given[5] == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(*given)
 
     train.step = step_or_die
@@ -360,7 +368,7 @@ def test_parts_of_a_batch_add_up_to_it(method, monkeypatch):
     t = process.sample_t(8, torch.Generator().manual_seed(2))
     batch = Batch(x0, noise, process.add_noise(x0, noise, t), noise, t, {})
 
-    def update(settings, student, at):
+    def update(settings, student, at, loss):
         gradients.append([p.grad.clone() for p in student.model.parameters()])
         return torch.zeros(())
 
@@ -416,7 +424,9 @@ def test_ctrl_c_saves_the_step_that_was_reached_and_the_same_command_goes_on(cap
     run(*arguments, "--out", "runs/unstopped")
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", interrupted)
-        run(*arguments, "--out", "runs/stopped")
+        with pytest.raises(SystemExit) as ended:
+            run(*arguments, "--out", "runs/stopped")
+    assert ended.value.code == 128 + signal.SIGINT
     assert "runs/stopped: stopped and saved; the same command goes on" in capsys.readouterr().out
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 3
     assert not Path("runs/stopped/student").exists()
@@ -430,8 +440,8 @@ def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes
     arguments = ["--kd", "feat", "place", "--prune", "0", "--lambda-feat", "1e-3"]
     save = train.save_checkpoint
 
-    def save_and_keep(settings, students, folder, steps):
-        save(settings, students, folder, steps)
+    def save_and_keep(settings, students, folder, steps, images):
+        save(settings, students, folder, steps, images)
         if folder.name == "fold-one" and steps == 2:
             Path("runs/fold-two").mkdir()
             shutil.copy(folder / "checkpoint.pt", "runs/fold-two/checkpoint.pt")
@@ -456,6 +466,21 @@ def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes
     one, two = ([r["w"] for r in log(name) if r["student"] == "place-0"] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # one weight for the whole batch
     assert len(log("two")) == len(log("one")) and log("fold-two")[0]["step"] == 2
+
+
+@pytest.mark.usefixtures("_quick")
+def test_processes_agree_on_the_step_at_which_they_stop(processes):
+    arguments = ["--kd", "out", "--prune", "0", "--steps", "9", "--save-every", "99"]
+    run(*arguments, "--out", "runs/agreed-whole")  # which also trains the teacher
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        ports = [str(held.getsockname()[1])]
+    command = [[*arguments, "--out", "runs/agreed"]]
+    both = [processes(command, rank=rank, ports=ports, signal_at=2 if rank else -1) for rank in (0, 1)]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [128 + signal.SIGTERM] * 2
+    assert torch.load("runs/agreed/checkpoint.pt", weights_only=True)["step"] == 4  # one step after it was told
 
 
 @pytest.mark.usefixtures("_quick")
@@ -495,6 +520,15 @@ def test_what_lies_in_the_way_is_refused_by_name_and_left_alone(capsys):
     assert path.read_bytes() == before
     Path("runs/way/metrics.json").unlink()
     path.write_bytes(before[: len(before) // 2])
+    run(*arguments)  # from the checkpoint before it
+    said = capsys.readouterr().out
+    (aside,) = path.parent.glob("checkpoint.pt.broken-*")
+    assert f"moved to {aside}; the run goes on from the checkpoint before it" in said and "resumed at step 4" in said
+    assert torch.load(path, weights_only=True)["step"] == 6
+    Path("runs/way/metrics.json").unlink()
+    aside.unlink()
+    for file in (path, path.with_name("checkpoint.prev.pt")):
+        file.write_bytes(before[: len(before) // 2])
     sentence = refused([*TINY, *arguments], capsys)
     (aside,) = path.parent.glob("checkpoint.pt.broken-*")
     assert str(path) in sentence and str(aside) in sentence and "step 0" in sentence
@@ -533,7 +567,8 @@ def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(caps
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", interrupted)
-        run(*arguments)
+        with pytest.raises(SystemExit):
+            run(*arguments)
     run(*arguments, "--eval-samples", "6")
     assert "runs/tutorial: resumed at step 2 of" in capsys.readouterr().out
     student = teachers.load("runs/tutorial/student/place-0")
@@ -547,6 +582,133 @@ def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(caps
     run("--teacher", "tutorial", "--student", "runs/tutorial/student/place-0", "--kd", "place", "--sample-steps", "4",
         "--out", "runs/tutorial-again")  # fmt: skip
     assert Path("runs/tutorial-again/student/config.json").exists()
+
+
+# ---- What goes wrong -------------------------------------------------------------------------------------------------
+
+
+def spoiled(monkeypatch, name: str, steps) -> None:
+    """The loss of the method `name` is no number at these steps."""
+    objective = train.objective
+
+    def spoil(method, *given):
+        loss, parts = objective(method, *given)
+        return (loss * math.nan if method.name == name and given[-1] in steps else loss), parts
+
+    monkeypatch.setattr(train, "objective", spoil)
+
+
+def is_standard(text: str) -> bool:
+    """Whether this is JSON without the words NaN and Infinity as numbers."""
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    return True
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_student_that_diverges_stops_with_finite_weights_and_the_others_go_on(monkeypatch, capsys):
+    arguments = ["--kd", "none", "out", "--prune", "0", "--steps", "35", "--log-every", "7", "--save-every", "8"]
+    run("--kd", "none", *arguments[3:], "--out", "runs/sound")
+    spoiled(monkeypatch, "out", range(3, 99))
+    for _ in range(2):  # the second command finds the run finished
+        assert train.main(parse([*TINY, *arguments, "--out", "runs/diverged"])) == 3
+        out = capsys.readouterr().out
+        assert "out-0 diverged and stopped before step 20" in out
+    assert [row.get("stopped") for row in found("diverged")["students"]] == [None, 20]
+    assert same("sound/student", "diverged/student/none-0")
+    states = torch.load("runs/diverged/checkpoint.pt", weights_only=True)["students"]
+    for tensor in (*weights("diverged/student/out-0").values(), *states["out-0"]["module"].values()):
+        assert tensor.isfinite().all()
+    lines = Path("runs/diverged/log.jsonl").read_text().splitlines()
+    assert all(map(is_standard, lines)) and is_standard(Path("runs/diverged/metrics.json").read_text())
+    last = [line for line in log("diverged") if line["student"] == "out-0"][-1]
+    assert (last["step"], last["loss"], last["skipped"]) == (20, "NaN", 18)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_sentence_of_a_student_that_diverges_and_a_step_that_does_alone(monkeypatch, capsys):
+    learn = ["--kd", "out", "--lambda-feat", "0", "--steps", "25"]
+    with monkeypatch.context() as patch:
+        spoiled(patch, "out", range(99))
+        assert train.main(parse([*TINY, *learn, "--out", "runs/never"])) == 3
+    err = capsys.readouterr().err
+    assert "out-0 stopped before step 10: 10 steps in a row were not finite" in err
+    assert all(word in err for word in ("loss nan", "mse ", "lr ", "a smaller --lr"))
+    with monkeypatch.context() as patch:
+        spoiled(patch, "out", {4})
+        run(*learn, "--out", "runs/once")
+    assert log("once")[-1]["skipped"] == 1 and "stopped" not in found("once")["students"][0]
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_teacher_that_diverges_is_not_kept(monkeypatch, capsys):
+    spoiled(monkeypatch, "none", range(99))
+    arguments = [*TINY, "--teacher-steps", "12", "--seed", "7", "--out", "runs/orphan"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            train.main(parse(arguments))
+        assert ended.value.code == 3 and "the teacher diverged and is not kept" in capsys.readouterr().out
+    teacher = Path(teacher_settings(parse(arguments)).out)
+    assert (teacher / "checkpoint.pt").exists() and not (teacher / "teacher").exists()
+
+
+def test_a_rate_that_explodes_leaves_finite_weights():
+    """A real divergence, over Adam's moments and the average."""
+    settings = Settings(lr=1e3, steps=60, warmup=0, clip=0.0, weight_decay=0.0, lambda_feat=0.0, decay="constant")
+    torch.manual_seed(0)
+    net, process = models.UNet(8, 1, **SMALL), DDPM()
+    student = Student(settings, train.resolve(settings, "none"), 0, net)
+    x0, noise = (torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    t = process.sample_t(8, torch.Generator().manual_seed(2))
+    batch = Batch(x0, noise, process.add_noise(x0, noise, t), noise, t, {})
+    for at in range(60):
+        with torch.no_grad():
+            batch.x_t.mul_(1e3 if at < 20 else 1)
+        train.step(settings, [student], None, process, batch, at)
+    state = student.state()
+    moments = [x for entry in state["optimizer"]["state"].values() for x in entry.values()]
+    assert student.updates < 60
+    assert all(x.isfinite().all() for x in [*state["module"].values(), *state["ema"].values(), *moments])
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_second_run_of_a_folder_is_refused_and_one_of_a_teacher_waits(processes, capsys):
+    arguments = [*TINY, "--seed", "5", "--out", "runs/both"]
+    with machine.lock("runs/both"):
+        sentence = refused(arguments, capsys)
+        assert f"runs/both is in use by process {os.getpid()} on" in sentence and "another --out" in sentence
+    assert not Path("runs/both").exists()
+    both = [processes([["--seed", "5", "--teacher-steps", "30", "--out", f"runs/{name}"]]) for name in ("a", "b")]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0] and same("a/student", "b/student")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_folder_that_cannot_be_written_is_found_before_the_teacher_is_trained(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        assert f"{out} cannot be written" in refused([*TINY, "--seed", "8", "--out", str(out)], capsys)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(monkeypatch, capsys):
+    arguments, save = ["--kd", "out", "--out", "runs/full"], torch.save
+
+    def full(content, file):
+        if content["step"] > 2:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit) as ended:
+            run(*arguments)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "the disk is full after 4 bytes of it" in err and "Traceback" not in err
+    assert torch.load("runs/full/checkpoint.pt", weights_only=True)["step"] == 2
+    assert not [*Path("runs/full").glob(".*")]
+    run(*arguments)
 
 
 # ---- Fewer steps -----------------------------------------------------------------------------------------------------
@@ -643,6 +805,13 @@ REFUSED = [
     ("--image-size 12", "8 or 16", "12"),
     ("--device cuda:99", "--device cuda:99", "cpu"),
     ("--lr nan", "--lr nan", "above 0"),
+    ("--lr inf", "--lr inf", "at most 1000000.0"),
+    ("--lambda-out inf", "--lambda-out inf", "at most"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999", "at most 9223372036854775807"),
+    ("--channels 5", "5", "groups"),
+    ("--channels 1000000", "--channels 1000000", "at most 8192"),
+    ("--eval-samples 1000000000000000000000000000000", "--eval-samples", "at most 10000000"),
+    ("--vae x", "--vae is for latents", "digits"),
     ("--schedule liner", "did you mean linear"),
     ("--bogus", "--bogus"),
     ("--dataset folder", "--dataset folder needs --data"),
