@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from distil import fast_loss, machine
 from distil.metrics import macs
 from distil.prepare import Batch, draw
 from distil.process import DDPM
-from distil.settings import Parser, Settings
+from distil.settings import Parser, Settings, check, flag
 from distil.students import Student, Tapped, autocast, find_dtype
 from models import UNet, prune_channels
 
@@ -358,6 +357,15 @@ def shown(name: str, section: Row) -> str:
     return f"{name}: {section['what']}\n\n{table(section['rows'])}"
 
 
+def saved(path: Path) -> str:
+    """The tables of the JSON that an earlier call wrote; ValueError for another file."""
+    try:
+        sections = machine.read_json(path, "it is not what bench.py writes")["sections"]
+        return "\n\n".join(shown(name, section) for name, section in sections.items())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what bench.py writes") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("bench.py", __doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections [all]")
@@ -370,13 +378,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/bench.json", help="the JSON [runs/bench.json]")
     parser.add_argument("--show", metavar="FILE", help="measure nothing, print the tables of such a JSON")
     options = parser.parse_args(arguments)
-    if options.show:
-        sections = json.loads(Path(options.show).read_text("utf-8"))["sections"]
-        print("\n\n".join(shown(name, section) for name, section in sections.items()))
-        return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
     with machine.refusing("bench.py"):
+        if options.show:
+            print(saved(Path(options.show)))
+            return 0
+        for name in ("threads", "repeat"):
+            if getattr(options, name) is not None:
+                check(flag(name), getattr(options, name), {"low": 1, "high": 10**4})
+        if options.threads:
+            torch.set_num_threads(options.threads)
         b = Setup(options)
     began, path = time.perf_counter(), Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 
 from benchmarks import bench
 
@@ -60,6 +61,21 @@ def test_the_command_finds_the_modules_of_the_repository(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/bench.py", "--show", ROOT / "benchmarks/cpu-loss.json"]
     out = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert out.startswith("loss: Forward and backward of the losses alone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--show", "nowhere.json"], "nowhere.json"),
+        (["--show", "wrong.json"], "wrong.json is not what bench.py writes"),
+        (["--repeat", "-1"], "--repeat -1 cannot be used, it must be at least 1"),
+        (["--threads", "0"], "--threads 0 cannot be used, it must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.json").write_text('{"sections": [1]}')
+    assert words in refused(bench.main, arguments, capsys)
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms():
