@@ -101,7 +101,8 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
         dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
         read = partial(data.load, dataset, where, first.shape[1], channels=first.shape[0])
         real, held_out = read(), read("test") if where is None else None
-    teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real)
+    given = None if flags.teacher else prepare.open_network("teacher", settings)
+    teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real, given)
     if teacher is None:
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
     for net in (first, teacher):
