@@ -1,4 +1,4 @@
-"""The study behind docs/fold.md: students of few steps on the digits, by index set and with or without clamped x0.
+"""The study behind docs/fold.md: students of few steps on the digits, by where a fold ends, x0 clamped or not.
 
 python benchmarks/fold.py        # trains what is missing below runs/fold, writes benchmarks/fold.json
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from distil import machine, report
+from distil import machine
 from distil.prepare import prepare
 from distil.settings import Settings
 
@@ -43,7 +43,7 @@ def kinds(steps: int) -> dict[str, dict]:
 
 def main() -> None:
     rows = []
-    for steps in (5, 10):
+    for steps in map(int, sys.argv[1:] or ["5"]):
         for name, given in kinds(steps).items():
             folder = name if name == "pruned" else f"{name} {steps}"
             for clip in (False, True):
@@ -51,8 +51,8 @@ def main() -> None:
                 for row in [*found["students"], *found.get("same_steps", [])]:
                     kept = {key: row.get(key) for key in ("method", "seed", "frechet_pixels", "frechet_digits")}
                     rows.append({"steps": steps, "run": name, "clip_x0": clip, **kept})
-                about = {"machine": machine.describe(), "commit": report.commit()}
-                machine.write_json(Path(__file__).with_suffix(".json"), {**about, "rows": rows})
+                found = {"machine": machine.describe(), "rows": rows}
+                machine.write_json(Path(__file__).with_suffix(".json"), found)
 
 
 if __name__ == "__main__":

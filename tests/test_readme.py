@@ -153,6 +153,20 @@ def test_the_demo_gives_the_numbers_that_the_front_page_expects():
     }
 
 
+def test_the_table_of_the_ends_of_folds_is_that_of_the_study():
+    found = json.loads((ROOT / "benchmarks/fold.json").read_text())["rows"]
+    shown = re.findall(r"^\| (\d+), (as it is|x0 clamped) \| (.* ± .*) \|$", PAGES[ROOT / "docs/fold.md"], re.MULTILINE)
+    assert {int(steps) for steps, *_ in shown} == {row["steps"] for row in found} and len(shown) % 2 == 0
+    for steps, sampler, cells in shown:
+        expected = []
+        for run in ("pruned", "pruned, fold published", "pruned, fold last"):
+            about = {"steps": int(steps), "run": run, "clip_x0": sampler != "as it is", "method": "place"}
+            values = [row["frechet_pixels"] for row in found if about.items() <= row.items()]
+            assert len(values) == 3
+            expected.append(f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}")
+        assert cells.split(" | ") == expected
+
+
 def test_the_table_of_the_folds_is_that_of_the_committed_runs():
     runs = {
         path.parent.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks/fold").glob("*/metrics.json")
