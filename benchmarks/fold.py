@@ -3,6 +3,7 @@
 python benchmarks/fold.py        # trains what is missing below runs/fold, writes benchmarks/fold.json
 """
 
+import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -41,9 +42,10 @@ def kinds(steps: int) -> dict[str, dict]:
     return runs
 
 
-def main() -> None:
-    rows = []
-    for steps in map(int, sys.argv[1:] or ["5"]):
+def main(argv: list[str] | None = None) -> None:
+    parser, rows = argparse.ArgumentParser(description=__doc__), []
+    parser.add_argument("steps", nargs="+", type=int, help="of the sampler, as 5 10")
+    for steps in parser.parse_args(argv).steps:
         for name, given in kinds(steps).items():
             folder = name if name == "pruned" else f"{name} {steps}"
             for clip in (False, True):
