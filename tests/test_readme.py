@@ -17,7 +17,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from distil import evaluate, settings
+import train
+from distil import evaluate, sample, settings
 from models import UNet
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,29 @@ def test_an_address_is_put_into_badges_and_notebooks_by_one_command(tmp_path):
         for path in (tmp_path / "notebooks").glob("*.ipynb"):
             assert f'REPOSITORY = "{address}"' in nbformat.read(path, as_version=4).cells[1].source
     assert not list(tmp_path.rglob("*.bak"))
+
+
+def test_the_page_of_a_folder_of_photographs_works_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = PAGES[ROOT / "docs/your_own.md"]
+    photographs, script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(photographs.replace("range(300)", "range(24)"), "your_own.md", "exec"), {})
+    command, draw = (
+        re.search(rf"^python {start}.*$", page, re.MULTILINE)[0] for start in ("train.py --data photos$", "-m")
+    )
+    run = re.search(r"RUN|runs/\S+", draw)[0]
+    small = (
+        "--image-size 8 --channels 16 --channel-mults 1,2 --num-res-blocks 1 --teacher-norm-groups 2 --teacher-steps 2"
+    )
+    small += f" --steps 2 --batch-size 4 --eval-samples 8 --sample-steps 2 --device cpu --out {run}"
+    assert train.main(settings.parse([*command.split()[2:], *small.split()])) == 0
+    assert "24 images of 3x8x8; teacher " in (out := capsys.readouterr().out) and "| place " in out
+    assert sample.main(draw.split()[3:]) == 0
+    exec(compile(script.replace("steps=50", "steps=2"), "your_own.md", "exec"), {})
+    assert len(list(Path(f"more/{Path(run).name}").glob("*.png"))) == len(list(Path().glob("*.png"))) == 16
+    kept = {path.name for path in Path(run).iterdir()}
+    assert kept >= {"student", "samples.png", "curves.png", "metrics.json", "README.md"}
+    assert settings.parse(command.split()[2:]).out == run
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
