@@ -89,8 +89,9 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
 
     images: a name of `data.DATASETS`, or a folder. ValueError, OSError: what is missing, or does not fit.
     """
-    job, folders = sample.prepare([run], replace(flags, no_calibration=True)), sample.find_networks([run])
-    settings, device = run_settings(run), machine.find_device(flags.device)
+    told = sample.sampler_of([run_of(run) or run], flags)  # as the run sampled, a student in it too
+    job = sample.prepare([run], replace(told, teacher=flags.teacher, no_calibration=True))
+    folders, settings, device = sample.find_networks([run]), run_settings(run), machine.find_device(flags.device)
     if settings is None and None in (flags.teacher, images):
         raise ValueError(f"{run} belongs to no run: give --teacher, a network, and --images, a folder or digits")
     students = {folder.name: job.nets[name].to(device).eval() for name, folder in folders.items()}
@@ -107,9 +108,8 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
     for net in (first, teacher):
         net.fit(real.shape, real.no_condition)
-    flags = sample.sampler_of([run], flags)
-    own = process_of(teacher.to(device).eval(), flags.process, flags.spacing, flags.clip_x0)
-    clamped = process_of(first, flags.process, flags.spacing, clip_x0=True)
+    own = process_of(teacher.to(device).eval(), told.process, told.spacing, told.clip_x0)
+    clamped = process_of(first, told.process, told.spacing, clip_x0=True)
     process = own if own.steps == clamped.steps else own.fold(first.process["fold"])
     source = held_out or real
     rows = np.linspace(0, len(source.images) - 1, min(n, len(source.images))).round().astype(int)
@@ -121,14 +121,19 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
                 job.count, sampler)  # fmt: skip
 
 
-def run_settings(folder: Path) -> Settings | None:
-    """The settings of the run that `folder` is, or in whose student/ it lies; None for another folder."""
+def run_of(folder: Path) -> Path | None:
+    """The run that `folder` is, or in whose student/ it lies; None for another folder."""
     for place in (folder, *folder.resolve().parents[:2]):
-        if (place / "config.json").is_file():
-            config = json.loads((place / "config.json").read_text("utf-8"))
-            if "kd" in config:  # the others are of networks
-                return restored(config)
+        config = place / "config.json"
+        if config.is_file() and "kd" in json.loads(config.read_text("utf-8")):  # the others are of networks
+            return place
     return None
+
+
+def run_settings(folder: Path) -> Settings | None:
+    """The settings of that run."""
+    run = run_of(folder)
+    return None if run is None else restored(json.loads((run / "config.json").read_text("utf-8")))
 
 
 # ---- What is wrong ---------------------------------------------------------------------------------------------------
