@@ -4,11 +4,12 @@
     python -m distil.calibrate RUN --images DIR     fitted on images of yours instead of those that the run held out
     python -m distil.calibrate FOLDER --teacher TEACHER --images DIR        of a student that belongs to no run
 
-Much of what a collapsed student says wrong is a line: where it says e, its teacher says b0 + b1 e. In the paper's
-Figure 2 the teacher gives b0 and b1 at every step. They can be predicted: they are nearly linear in mean and deviation
-of x_t and of e, which the student's instance norms erased. One least-squares fit finds ten numbers for each timestep
-and channel. From then on they lie beside the student's weights, and distil.sample and distil.evaluate use them, unless
-they are told --no-calibration. The teacher is needed for the fit alone.
+A part of what a collapsed student says wrong is a line, and this part lets its samples run off: where it says e, its
+teacher says b0 + b1 e. In the paper's Figure 2 the teacher gives b0 and b1 at every step. They can be predicted: they
+are nearly linear in mean and deviation of x_t and of e, which the student's instance norms erased. One least-squares
+fit finds ten numbers for each timestep and channel. From then on they lie beside the student's weights, and
+distil.sample and distil.evaluate use them, unless they are told --no-calibration. The teacher is needed for the fit
+alone.
 
 Symbols: B batch, C channels, S timesteps of the sampler; x_t, e_S and e_T as in `lift_place`.
 """
