@@ -156,8 +156,11 @@ def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) ->
             raise ValueError(f"its shape is {found.shape}, not {shape}")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing: {remedy(file).partition('and ')[2]}") from error
-    except (ValueError, EOFError, AttributeError) as error:
-        raise machine.Damaged(f"{file} is damaged ({error}): {remedy(file)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses what stands before the numbers, which raises almost anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise machine.Damaged(f"{file} is damaged ({reason}): {remedy(file)}") from error
     if check:
         machine.check_seal(file, remedy(file))
     return found
@@ -193,8 +196,10 @@ def number(file: Path) -> int:
     """The one number in a .npy file."""
     try:
         return int(np.load(file).reshape(()))
-    except (ValueError, TypeError, EOFError, AttributeError) as error:
-        raise machine.Damaged(f"{file} holds no number ({error})") from error
+    except OSError:
+        raise
+    except Exception as error:
+        raise machine.Damaged(f"{file} holds no number ({type(error).__name__})") from error
 
 
 def numbers(entry: Path, name: str, files: Sequence[Path]) -> np.ndarray:

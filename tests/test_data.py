@@ -92,7 +92,7 @@ def no_decoding(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr(Image, "open", fail)
+    monkeypatch.setattr(data, "decode", fail)
 
 
 # ---- Digits ----------------------------------------------------------------------------------------------------------

@@ -214,9 +214,9 @@ def spoil(path):
     Path(path).write_bytes(b"no array")
 
 
-def flip(path):
+def flip(path, at=-100):  # of the last row
     content = bytearray(Path(path).read_bytes())
-    content[-100] ^= 1  # of the last row
+    content[at] ^= 1
     Path(path).write_bytes(content)
 
 
@@ -237,6 +237,7 @@ def change(path, **record):
         (lambda: spoil("latents/latents.json"), "latents.json is damaged"),
         (lambda: Path("latents/latents.json").write_text('{"count": 21}'), "latents.json is damaged .KeyError"),
         (lambda: remove("latents/latents.json"), "holds no latents"),
+        (lambda: flip("latents/latents-00002.npy", 10), "latents-00002.npy is damaged"),
         (lambda: flip("latents/labels.npy"), "labels.npy is damaged.*another checksum"),
         (lambda: change("latents/latents.json", shard=0), "latents.json is damaged"),
         (lambda: change("latents/latents.json", count=-1), "latents.json is damaged"),
