@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import importlib
@@ -144,7 +143,9 @@ def temporary(path: Path) -> Path:
 
 
 def alive(process: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Whether this machine has a process of that number; on Windows, where asking would end it, always."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -265,9 +266,9 @@ def _locked(folder: Path, remedy: str | None) -> Iterator[None]:
                     file.flush()
                     yield
                 finally:
-                    path.unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):  # what was made for the lock goes with it, if nothing is in it
-                        for place in new:
+                    with contextlib.suppress(OSError):  # an empty file that stays locks nothing
+                        path.unlink(missing_ok=True)
+                        for place in new:  # what was made for the lock goes with it, if nothing is in it
                             place.rmdir()
                 return
             file.seek(0)
@@ -281,13 +282,15 @@ def _locked(folder: Path, remedy: str | None) -> Iterator[None]:
 
 
 def _flock(file: TextIO) -> bool:
-    """Whether the lock on an open file was to be had; some file systems have none."""
+    """Whether the lock on an open file was to be had; some file systems have none, nor has Windows."""
     try:
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        note(f"{file.name} cannot be locked ({error.strerror}): see to it that no other run has this folder")
+    except (OSError, ImportError) as error:
+        note(f"{file.name} cannot be locked ({error}): see to it that no other run has this folder")
     return True
 
 

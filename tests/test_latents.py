@@ -231,7 +231,7 @@ def change(path, **record):
         (lambda: spoil("latents/latents-00002.npy"), "latents-00002.npy is damaged .*: remove it and run"),
         (
             lambda: np.save("latents/latents-00000.npy", np.zeros((8, 2, 4, 8, 9))),
-            r"damaged .its shape is \(8, 2, 4, 8",
+            r"damaged .*its shape is \(8, 2, 4, 8",
         ),
         (lambda: remove("latents/labels.npy"), "labels.npy is missing"),
         (lambda: spoil("latents/latents.json"), "latents.json is damaged"),

@@ -190,6 +190,7 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
     Path("run/samples.png").touch()
     Path("run/config.json").write_text(json.dumps({"kd": ["out"]}))
     settings = {"dataset": "digits", "image_size": 8, "prune": 0.9, "kd": ["out", "place"], "lr": 0.005}
+    settings["clip_x0"] = True
     found = metrics() | {"settings": settings, "machine": {"processor": "abacus", "gpu": "none"}}
     for folder in ("run", "run/student"):
         report.card(folder, found)
@@ -206,6 +207,7 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
         if commit := report.commit():
             assert f"commit `{commit}`" in body and len(commit.removesuffix("-dirty")) == 40
     assert "![samples.png](samples.png)" in run and "curves.png" not in run and "samples.png" not in student
+    assert "process_of(net, clip_x0=True)" in run  # as the run did
     assert "models.load('run/student')" in run and "models.load('student')" in student
     for folder, text in ((".", run), ("run", student)):  # the code of a card runs beside its folder, six lines long
         monkeypatch.chdir(tmp_path / folder)

@@ -55,6 +55,10 @@ DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff"
         ("--arch dit --process flow", {"eta": 0, "out": "runs/digits8-dit-prune0.9-place-process=flow"}),
         ("--arch dit --keep 0,3,7 --kd none out", {"eta": 1, "out": "runs/digits8-dit-keep0.3.7-none-out"}),
         ("--data x --seeds 0 1", {"out": "runs/folder-prune0.9-place-2seeds-data=x-importance=random"}),
+        ("--data x", {"norm_groups": "scale", "clip_x0": True}),  # what serves people's own images
+        ("--data x --norm-groups keep --no-clip-x0", {"norm_groups": "keep", "clip_x0": False}),
+        ("--data x --process flow", {"clip_x0": False}),
+        ("--data x --student y", {"norm_groups": "keep"}),
         ("--dataset celeba --prune 0.6", {"steps": 240_000}),  # between two ratios: the next
         ("--dataset celeba --prune 0.95", {"steps": 500_000}),  # above all: the last
     ],
