@@ -279,7 +279,7 @@ def test_the_wheel_is_the_loss_alone_and_hides_no_module_of_its_user(wheel, tmp_
     (info,) = wheel.glob("*.dist-info")
     assert {path.name for path in wheel.iterdir()} == {"lift_place.py", info.name}
     assert distribution(wheel).metadata["License-Expression"] == "MIT"
-    assert requirements(wheel)[""] == {requirement("torch>=2.6")}
+    assert requirements(wheel)[""] == {requirement("torch>=2.7")}
     (tmp_path / "models").mkdir()
     for name in ("models/__init__.py", "data.py", "diffusion.py", "train.py"):
         (tmp_path / name).write_text("MINE = True\n")
