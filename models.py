@@ -173,12 +173,17 @@ class Network(nn.Module):
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         contents = to_bytes(state, sealed(state)), f"{json.dumps(config, indent=1)}\n".encode()
         for name, content in zip(FILES, contents, strict=True):
+            for left in folder.glob(f".{name}.*.part"):  # by a process that was killed; one at a time saves here
+                left.unlink()
             part = folder / f".{name}.{os.getpid()}.part"
-            with part.open("wb") as file:  # save_file would shut out all other users
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, folder / name)
+            try:
+                with part.open("wb") as file:  # save_file would shut out all other users
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, folder / name)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 # ---- What instance norms erase ---------------------------------------------------------------------------------------

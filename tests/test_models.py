@@ -777,3 +777,15 @@ def test_new_random_weights_are_those_of_a_new_network_of_the_same_seed():
         net.reset_parameters()
         torch.manual_seed(5)
         assert same_weights(net, make())
+
+
+def test_what_a_killed_or_failed_save_left_is_removed(tmp_path, monkeypatch):
+    net = UNet(8, 1, channels=8, channel_mults=(1,), norm_groups=4)
+    left = tmp_path / ".model.safetensors.1.part"
+    left.write_bytes(b"half")
+    net.save(tmp_path)
+    assert not left.exists() and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr("os.fsync", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
