@@ -52,9 +52,10 @@ def times(n: int) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def _report():
-    """What was done, line by line, in soak.json of the working directory."""
+    """What was done, line by line, in runs/soak.json, which git ignores."""
     yield
-    Path("soak.json").write_text(json.dumps(DONE, indent=1) + "\n")
+    Path("runs").mkdir(exist_ok=True)
+    Path("runs/soak.json").write_text(json.dumps(DONE, indent=1) + "\n")
 
 
 DONE: dict[str, object] = {"machine": machine.describe()}
