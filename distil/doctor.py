@@ -97,7 +97,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     students = {folder.name: job.nets[name].to(device).eval() for name, folder in folders.items()}
     first, sampler = next(iter(students.values())), job.arguments[next(iter(folders))]
     if images is None:
-        dataset, (real, held_out) = settings.dataset, prepare.open_data(settings)
+        dataset, (real, held_out) = settings.dataset, prepare.open_data(settings, first.shape[0])
     else:
         dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
         read = partial(data.load, dataset, where, first.shape[1], channels=first.shape[0])

@@ -201,12 +201,12 @@ SEAL_SIZE = 72  # bytes
 
 def checksum(path: Path, size: int | None = None) -> str:
     """The sha256 of a file, or of its first `size` bytes."""
-    digest, size = hashlib.sha256(), path.stat().st_size if size is None else size
+    found, size = hashlib.sha256(), path.stat().st_size if size is None else size
     with path.open("rb") as file:
         while size > 0 and (block := file.read(min(size, 1 << 20))):
-            digest.update(block)
+            found.update(block)
             size -= len(block)
-    return digest.hexdigest()
+    return found.hexdigest()
 
 
 def seal(path: Path) -> None:
@@ -298,7 +298,7 @@ NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # 
 
 
 def standard(value: Any) -> Any:
-    """`value` as standard JSON has it: numbers that are not finite become words, which `restored` turns back."""
+    """`value` as standard JSON has it: numbers that are not finite become words, which `numbers_again` turns back."""
     if isinstance(value, dict):
         return {key: standard(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -308,7 +308,7 @@ def standard(value: Any) -> Any:
     return value
 
 
-def restored(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def numbers_again(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON with the numbers that `standard` made words of."""
     return {key: NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in pairs}
 
@@ -322,7 +322,7 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> N
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object that `write_json` wrote. FileNotFoundError: there is none. Damaged, with the `remedy`: it is none."""
     try:
-        found = json.loads(path.read_text("utf-8"), object_pairs_hook=restored)
+        found = json.loads(path.read_text("utf-8"), object_pairs_hook=numbers_again)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
     if not isinstance(found, dict):
@@ -345,7 +345,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines, records = path.read_bytes().splitlines(), []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line, object_pairs_hook=restored)
+            record = json.loads(line, object_pairs_hook=numbers_again)
             if isinstance(record, dict) and isinstance(record.get("step"), int) and "student" in record:
                 records.append(record)
     return records, len(lines) - len(records)

@@ -18,6 +18,7 @@ grows: compare within one table, against its floor (real images against real one
 An extractor is a function with a name: uint8 images (B, C, H, W) -> features (B, D) float32.
 """
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -165,30 +166,39 @@ class Inception:
         return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(self.device)).float().cpu()
 
 
+@contextlib.contextmanager
+def published(mode: str, url: str, name: str, digits: str) -> Iterator[Path]:
+    """The weights of an Inception network (95 MB), downloaded once into torch's cache folder of this user. Inside the
+    block they are opened, after their sha256 was seen to begin with `digits`. ValueError if they cannot be had, are not
+    the published ones, or cannot be opened."""
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            torch.hub.download_url_to_file(url, path, hash_prefix=digits)  # renamed when whole
+        if not machine.checksum(path).startswith(digits):
+            raise ValueError("they are not the published ones, by their checksum")
+        yield path
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
+        raise ValueError(f"--mode {mode} needs the Inception weights {path} ({reason}): {remedy}") from error
+
+
 def fidelity(device: torch.device) -> tuple[Extract, Tensor]:
     """torch-fidelity's network: (B, 3, H, W) floats 0 .. 255 -> features (B, 2048), and its classes (1008, 2048).
 
     Raises:
         ImportError: torch-fidelity is missing.
-        ValueError: the weights (95 MB, downloaded once) cannot be had, or are not the published ones.
+        ValueError: as of `published`.
     """
     machine.library("torch_fidelity", "--mode torch_fidelity", "torch-fidelity")
     from torch_fidelity import feature_extractor_inceptionv3 as found
 
-    url = found.URL_INCEPTION_V3
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digits = path.stem.rpartition("-")[2]  # the name ends with the first ones of its SHA-256
-    try:
-        if not path.exists():
-            torch.hub.download_url_to_file(url, path, digits)  # renamed when whole
-        if not machine.checksum(path).startswith(digits):
-            raise ValueError("they are not the published ones")
+    name = found.URL_INCEPTION_V3.rpartition("/")[2]  # it ends with the first digits of the checksum
+    with published("torch_fidelity", found.URL_INCEPTION_V3, name, Path(name).stem.rpartition("-")[2]) as path:
         torch.load(path, weights_only=True)  # the library would unpickle anything
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
-        raise ValueError(f"--mode torch_fidelity needs the weights {path} ({reason}): {remedy}") from error
-    net = found.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
+        net = found.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    net.to(device)
     return lambda images: net(images.to(torch.uint8))[0], net.fc.weight.cpu()
 
 
@@ -201,8 +211,7 @@ INCEPTION = {
 
 
 def inception(mode: str, device: torch.device) -> Extract:
-    """The network of FID as clean-fid has it, its weights (95 MB) downloaded into torch's cache folder of this user.
-    ValueError if they cannot be had or are not the published ones, which is found out before they are opened."""
+    """The network of FID as clean-fid has it. ValueError as of `published`."""
     from cleanfid.downloads_helper import inception_url
     from cleanfid.features import build_feature_extractor
     from cleanfid.inception_pytorch import FID_WEIGHTS_URL
@@ -210,20 +219,11 @@ def inception(mode: str, device: torch.device) -> Extract:
 
     legacy = mode == "legacy_pytorch"
     name, digest = INCEPTION["legacy_pytorch" if legacy else "torchscript"]
-    url, folder = FID_WEIGHTS_URL if legacy else inception_url, Path(torch.hub.get_dir(), "checkpoints")
-    path = folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            torch.hub.download_url_to_file(url, path, hash_prefix=digest)  # renamed when whole
-        if not machine.checksum(path).startswith(digest):
-            raise ValueError("they are not the published ones, by their checksum")
+    with published(mode, FID_WEIGHTS_URL if legacy else inception_url, name, digest) as path:
         if legacy:  # clean-fid looks into the same folder
             return build_feature_extractor(mode, device, use_dataparallel=False)
-        return InceptionV3W(str(folder), download=False, resize_inside=mode == "legacy_tensorflow").to(device).eval()
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
-        raise ValueError(f"--mode {mode} needs the Inception weights {path} ({reason}): {remedy}") from error
+        resizes = mode == "legacy_tensorflow"
+        return InceptionV3W(str(path.parent), download=False, resize_inside=resizes).to(device).eval()
 
 
 def features(

@@ -132,7 +132,7 @@ def prepare(settings: Settings) -> Run:
     check_machine(settings)
     with rank_0_first():  # what rank 0 downloads the others find; before the data, which may take hours
         teacher, student = (open_network(name, settings) for name in ("teacher", "student"))
-    images, held_out = open_data(settings)
+    images, held_out = open_data(settings, teacher and teacher.channels)
     if images.record is not None:  # the run remembers what shows its latents
         settings = replace(settings, vae=settings.vae or images.record["vae"])
     with rank_0_first():
@@ -169,13 +169,14 @@ def check_machine(settings: Settings) -> None:
         raise ValueError(f"--log {settings.log} needs a library that is not installed: pip install {settings.log}")
 
 
-def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
-    """The images to train on, and those that are held out where there are such."""
+def open_data(settings: Settings, channels: int | None = None) -> tuple[data.Images, data.Images | None]:
+    """The images to train on, and those that are held out where there are such.
+
+    channels: of images that may be read gray or in colour; None: what they are.
+    """
+    given = {"channels": channels} if settings.dataset in SIZES else {}
     with rank_0_first():  # it downloads and decodes; the others find the result
-        channels = None  # what the images are
-        if settings.dataset == "folder" and settings.teacher != "train":
-            channels = teachers.load(settings.teacher).shape[0] if Path(settings.teacher).is_dir() else 3
-        images = data.load(settings.dataset, settings.data, image_size=settings.image_size, channels=channels)
+        images = data.load(settings.dataset, settings.data, image_size=settings.image_size, **given)
     n = len(images.images)
     if settings.eval_samples and n < 6:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
@@ -187,6 +188,13 @@ def open_data(settings: Settings) -> tuple[data.Images, data.Images | None]:
     return images, data.load("digits", image_size=settings.image_size, split="test")
 
 
+class Opened(NamedTuple):
+    """A network that was given. One from a checkpoint file is built once the images are known."""
+
+    build: Callable[[data.Images], Network]
+    channels: int = 3  # of the images that it takes
+
+
 def open_teacher(settings: Settings, images: data.Images, given: Opened | None = None) -> Network | None:
     """The teacher; None where it has to be trained first."""
     if given is not None:
@@ -195,9 +203,6 @@ def open_teacher(settings: Settings, images: data.Images, given: Opened | None =
         new_network(settings, images)  # refuses data that no teacher can be made for
     folder = Path(teacher_settings(settings).out) / "teacher"
     return teachers.load(folder) if (folder / "config.json").exists() else None
-
-
-Opened = Callable[[data.Images], Network]  # a network that was given: a checkpoint file is built once images are known
 
 
 def open_network(name: str, settings: Settings) -> Opened | None:
@@ -213,14 +218,14 @@ def open_network(name: str, settings: Settings) -> Opened | None:
         return None
     if Path(where).is_file():
         models.read_weights(Path(where))
-        return lambda images: from_file(new_network(settings, images), where)
+        return Opened(lambda images: from_file(new_network(settings, images), where))
     if Path(where).suffix in FILES:
         raise FileNotFoundError(f"{flag(name)} {where}: there is no such file")
     if where == "auto":
         teachers.find_public(settings.dataset)
-        return lambda images: teachers.public_teacher(settings.dataset)
+        return Opened(lambda images: teachers.public_teacher(settings.dataset))
     net = teachers.load(where)
-    return lambda images: net
+    return Opened(lambda images: net, net.shape[0])
 
 
 def from_file(net: Network, file: str) -> Network:
@@ -235,7 +240,7 @@ def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Im
     """The network that was opened, for these images; ValueError if it is made for others."""
     if opened is None:
         return None
-    net = opened(images)
+    net = opened.build(images)
     what, theirs = f"{flag(name)} {getattr(settings, name)}", net.process.get("name", settings.process)
     if net.arch != settings.arch:
         raise ValueError(f"{what} is a {type(net).__name__}: it goes with --arch {net.arch}, not {settings.arch}")
@@ -377,7 +382,7 @@ def dry_run(settings: Settings) -> str:
     images = pretended(settings)
     if images is not None and (there or settings.teacher in ("auto", "train")):
         given = open_network("teacher", settings) if there and settings.teacher not in ("auto", "train") else None
-        nets = sketch(settings, images, given and given(images))
+        nets = sketch(settings, images, given and given.build(images))
         lines.append(outlook(settings, images, *nets, trained=settings.teacher != "train" or there))
     return "\n".join(lines)
 

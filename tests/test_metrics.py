@@ -237,7 +237,7 @@ def test_adm_scores_through_the_network_of_torch_fidelity(fidelity_weights, monk
         metrics.Inception("torch_fidelity")
     trap = named(folder / fidelity_weights.name)  # a pickle whose hash is right is not run either
     monkeypatch.setattr(found, "URL_INCEPTION_V3", f"https://nowhere/{trap.name}")
-    with pytest.raises(ValueError, match="torch_fidelity needs the weights"):
+    with pytest.raises(ValueError, match="torch_fidelity needs the Inception weights"):
         metrics.Inception("torch_fidelity")
     assert not (tmp_path / "touched").exists()
 

@@ -195,8 +195,12 @@ def test_gray_images_are_gray_for_a_teacher_of_our_own_and_otherwise_what_the_te
         Image.new("L", (8, 8), 40 * i).save(f"gray/{i}.png")
     for channels in (1, 3):
         UNet(8, channels, channels=8, channel_mults=(1, 2), norm_groups=4).save(f"net{channels}")
-    found = [prepare.open_data(Settings(data="gray", image_size=8, channels=8, teacher=teacher))[0].shape[0]
-             for teacher in ("train", "net1", "net3", "no/where")]  # fmt: skip
+    torch.save(UNet(8, 3, channels=8, channel_mults=(1, 2), norm_groups=4).state_dict(), "net.pth")
+    found = []
+    for teacher in ("train", "net1", "net3", "net.pth"):
+        settings = Settings(data="gray", image_size=8, channels=8, teacher=teacher)
+        given = prepare.open_network("teacher", settings)
+        found.append(prepare.open_data(settings, given and given.channels)[0].shape[0])
     assert found == [1, 1, 3, 3]
 
 
