@@ -77,6 +77,11 @@ class Method(NamedTuple):
     taps: slice  # which of the features are compared
     adapt: bool  # FitNet: where channels were pruned, the student's features pass adapters
 
+    @property
+    def weighed(self) -> bool:
+        """Whether its loss has a w: it is LIFT or PLACE."""
+        return self.output is self.watch
+
 
 def resolve(settings: Settings, name: str) -> Method:
     """The method that --kd calls `name`, with the constants of these settings."""
@@ -183,32 +188,67 @@ def step(
         of each student the loss, the norm of the gradient, and, if watched, the parts of LIFT or PLACE: () each.
     """
     half, n = autocast(settings, batch.x_t.device), len(batch.t)
-    w = schedule(settings.schedule, at, settings.steps)
-    if w is None and rank_and_world()[1] > 1:  # of the whole batch, so that a result does not depend on its split
-        w = lambda x: adaptive(mean_over_ranks(x))  # noqa: E731
+    parts = {int(rows[0]): batch.part(slice(int(rows[0]), int(rows[-1]) + 1))
+             for rows in torch.arange(n).chunk(settings.accumulate)}  # by their first rows  # fmt: skip
     learners = [student for student in students if student.kd.output or student.kd.features]
+    said: dict[int, Output] = {}  # by the teacher, to be used again
+
+    def teach(first: int, again: bool = False) -> Output | None:
+        part, answer = parts[first], said.pop(first, None)
+        if answer is None and teacher is not None and (learners or watched):
+            with timed(*learners), torch.no_grad(), half:
+                answer = predict(teacher, part.x_t, process.phi(part.t), part.cond)
+        if again and not answer[1]:  # features would take the memory that parts save
+            said[first] = answer
+        return answer
+
+    def ask(student: Student, first: int) -> Output:
+        torch.manual_seed(hash_seed(student.seed, at, rank_and_world()[0], first))  # of the dropout
+        with half:
+            return student.predict(parts[first].x_t, parts[first].t, parts[first].cond)
+
+    ws = weights(settings, students, parts, teach, ask, at)
     numbers: list[dict[str, Tensor]] = [{} for _ in students]
     total = torch.zeros(len(students), device=batch.x_t.device)  # the losses of the whole batch
-    for rows in torch.arange(n).chunk(settings.accumulate):
-        first, size = int(rows[0]), len(rows)
-        part, theirs = batch.part(slice(first, first + size)), None
-        if teacher is not None and (learners or watched):
-            with timed(*learners), torch.no_grad(), half:
-                theirs = predict(teacher, part.x_t, process.phi(part.t), part.cond)
+    for first, part in parts.items():
+        theirs, share = teach(first), len(part.t) / n
         for i, (student, found) in enumerate(zip(students, numbers, strict=True)):
-            torch.manual_seed(hash_seed(student.seed, at, rank_and_world()[0], first))  # of the dropout
-            with timed(student), student.sync(last=first + size == n):
-                with half:
-                    own = student.predict(part.x_t, part.t, part.cond)
-                found["loss"], parts = objective(student.kd, process, part, own, theirs, w, at)
-                student.scaler.scale(found["loss"] * (size / n)).backward()
-            total[i] += found["loss"].detach() * (size / n)
+            with timed(student), student.sync(last=first == max(parts)):
+                own = ask(student, first)
+                found["loss"], lines = objective(student.kd, process, part, own, theirs, ws[i], at)
+                student.scaler.scale(found["loss"] * share).backward()
+            total[i] += found["loss"].detach() * share
             if watched and theirs is not None:
-                found.update(diagnose(student.kd, part, own[0], theirs[0], parts))
+                found.update(diagnose(student.kd, part, own[0], theirs[0], lines))
     for student, found, loss in zip(students, numbers, mean_over_ranks(total), strict=True):
         with timed(student):
             found["grad_norm"] = update(settings, student, at, loss)
     return numbers
+
+
+@torch.no_grad()
+def weights(
+    settings: Settings, students: list[Student], parts: dict[int, Batch], teach: Callable, ask: Callable, at: int
+) -> list[Any]:
+    """w of each student at a step, as `lift_place.place` takes it: that of the whole batch, however it is split.
+
+    Where w follows from the outputs and a process takes its share in several parts, they are looked at once before.
+    """
+    w, n = schedule(settings.schedule, at, settings.steps), sum(len(part.t) for part in parts.values())
+    weighed = [i for i, student in enumerate(students) if student.kd.weighed]
+    if w is not None or not weighed or (len(parts) == 1 and rank_and_world()[1] == 1):
+        return [w] * len(students)
+    if len(parts) == 1:
+        return [lambda x: adaptive(mean_over_ranks(x))] * len(students)
+    coarse = parts[0].x_t.new_zeros(len(students))
+    for first, part in parts.items():
+        teacher_prediction, _ = split(teach(first, again=True)[0], part.x_t.shape[1])
+        for i in weighed:
+            with timed(students[i]):
+                prediction, _ = split(ask(students[i], first)[0], part.x_t.shape[1])
+                lines = students[i].kd.output(prediction, teacher_prediction, lambda x: x)[1]
+            coarse[i] += lines.weight * (len(part.t) / n)
+    return list(adaptive(mean_over_ranks(coarse)))
 
 
 def update(settings: Settings, student: Student, at: int, loss: Tensor) -> Tensor:

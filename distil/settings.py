@@ -281,7 +281,7 @@ class Settings:
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
     recompute: bool = option(False, "sd, mmdit: gradient checkpointing, less memory for a third more time", bool)
     fsdp: bool = option(False, "split the students over the processes (torch FSDP2), not only the batch", bool)
-    accumulate: int = option(1, "parts in which a process takes its share of a batch, to save memory", int, low=1)
+    accumulate: int = option(1, "parts of a batch, to save memory; lift and place take one more pass", int, low=1)
     log: str = option("jsonl", "log.jsonl, or another beside it", choices=("jsonl", "tensorboard", "wandb", "trackio"))
     log_every: int = option(25, "steps between lines of log.jsonl", int, low=1)
     save_every: int = option(500, "steps between checkpoints", int, low=1)

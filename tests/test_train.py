@@ -360,12 +360,14 @@ def test_the_weight_of_the_fine_term_is_that_of_all_processes(monkeypatch):
     assert train.step(settings, [student], net, DDPM(), batch, 0, True)[0]["w"] == 0.75
 
 
-@pytest.mark.parametrize("method", ["out", "feat"])
-def test_parts_of_a_batch_add_up_to_it(method, monkeypatch):
-    gradients, teacher, process = [], models.UNet(8, 1, **SMALL), DDPM()
+@pytest.mark.parametrize("lambda_feat", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["out", "feat", "lift", "place"])
+def test_parts_of_a_batch_add_up_to_it(method, lambda_feat, monkeypatch):
+    gradients, teacher, process, asked = [], models.UNet(8, 1, **SMALL), DDPM(), []
+    teacher.register_forward_hook(lambda *_: asked.append(1))
     tapped = train.tap(teacher, teacher, slice(None))
     x0, noise = (torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    t = process.sample_t(8, torch.Generator().manual_seed(2))
+    x0, t = x0 * torch.arange(8)[:, None, None, None], process.sample_t(8, torch.Generator().manual_seed(2))  # uneven
     batch = Batch(x0, noise, process.add_noise(x0, noise, t), noise, t, {})
 
     def update(settings, student, at, loss):
@@ -373,16 +375,37 @@ def test_parts_of_a_batch_add_up_to_it(method, monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(train, "update", update)
+    ws: list[float] = []
     for parts in (1, 3, 8):  # of 8: 3, 3 and 2
-        settings = Settings(kd=(method,), accumulate=parts, lambda_feat=1.0)
+        settings = Settings(kd=(method,), accumulate=parts, lambda_feat=lambda_feat)
         torch.manual_seed(3)
-        student = Student(settings, train.resolve(settings, method), 0, models.UNet(8, 1, **SMALL), tapped)
-        (numbers,) = train.step(settings, [student], tapped, process, batch, 0)
-        assert numbers.keys() == {"loss", "grad_norm"}
+        net, kd = models.UNet(8, 1, **SMALL), train.resolve(settings, method)
+        net.load_state_dict(teacher.state_dict())
+        net.conv_out.weight.data *= 1.2
+        student, told, before = Student(settings, kd, 0, net, tapped), tapped if kd.features else teacher, len(asked)
+        (numbers,) = train.step(settings, [student], told, process, batch, 0, watched=method == "place")
+        assert {"loss", "grad_norm"} <= numbers.keys()
+        # twice where w follows from the outputs and the features are too large to be kept
+        passes = parts * (1 + (parts > 1 and kd.weighed and lambda_feat > 0)) * bool(kd.output or kd.features)
+        assert len(asked) - before == passes
+        if method == "place":
+            ws.append(numbers["w"].item())
+    assert len(set(ws)) <= 1 or ws == pytest.approx([ws[0]] * 3, rel=1e-5)
+    assert all(0 < w < 1 for w in ws)
     largest = max(gradient.abs().max().item() for gradient in gradients[0])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * largest)
+
+
+def test_a_part_is_asked_twice_with_the_same_dropout():
+    settings, net, x = Settings(accumulate=2, lambda_feat=0.0), models.UNet(8, 1, **SMALL), torch.randn(4, 1, 8, 8)
+    net.set_dropout(0.5)
+    student, outputs = Student(settings, train.resolve(settings, "place"), 0, net), []
+    net.register_forward_hook(lambda *given: outputs.append(given[-1].detach()))
+    train.step(settings, [student], models.UNet(8, 1, **SMALL), DDPM(), Batch(x, x, x, x, torch.arange(4), {}), 0)
+    first, second, *again = outputs
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1]) and not torch.equal(first, second)
 
 
 # ---- Resuming --------------------------------------------------------------------------------------------------------
