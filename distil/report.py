@@ -26,6 +26,7 @@ NOT_FINITE = (255, 0, 255)  # magenta: the colour of a pixel that is no number
 # One colour per method, the same in every picture, apart for colour-blind readers too (Okabe and Ito).
 COLORS = {"teacher": "#000000", "none": "#8c8c8c", "out": "#e69f00", "feat": "#cc79a7", "out+feat": "#d55e00",
           "lift": "#009e73", "place": "#0072b2"}  # fmt: skip
+LINES = {"feat": "--", "out+feat": "--"}  # dashed, for they lie on those of none and out; others are solid
 
 # The licences of published teachers, which are those of their students: what their names hold, and the hub's words.
 # docs/citations.md has the same table.
@@ -220,11 +221,26 @@ PANELS = {  # what a log line calls it: (title, name of the y axis, logarithmic?
 }
 
 
+def log_scale(axes: Any, axis: str = "y") -> None:
+    """Makes an axis, "x" or "y", of matplotlib's `axes` logarithmic, with a few plain numbers however short it is.
+    Call it when all is drawn: which numbers fit follows from the limits."""
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+
+    getattr(axes, f"set_{axis}scale")("log", nonpositive="mask")
+    scale = getattr(axes, f"{axis}axis")
+    low, high = getattr(axes, f"get_{axis}lim")()
+    decades = math.log10(high / low)
+    subs = (1,) if decades > 3 else (1, 3) if decades > 1.5 else (1, 2, 5)
+    ticks = [tick for tick in LogLocator(subs=subs).tick_values(low, high) if low <= tick <= high]
+    scale.set_major_locator(FixedLocator(ticks) if len(ticks) > 2 else MaxNLocator(4))
+    scale.set_minor_locator(NullLocator())
+    scale.set_major_formatter("{x:g}")
+
+
 def curves(path: Path | str, log: Path | str) -> None:
     """Draws how training went, from a log.jsonl: a panel per quantity, a thin line of about 100 means per student.
     A record has step, student ("place-0"), method, and those of `PANELS` that the method has."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     students: dict[str, dict[int, dict[str, Any]]] = {}
     for record in machine.read_log(Path(log))[0]:
@@ -243,16 +259,13 @@ def curves(path: Path | str, log: Path | str) -> None:
                     whole[:, 1] = abs(whole[:, 1])
                 x, y = whole.reshape(-1, stretch, 2).mean(1).T
                 method = next(iter(records.values()))["method"]
-                (handles[method],) = axis.plot(x, y, color=COLORS[method], linewidth=1)
+                (handles[method],) = axis.plot(x, y, color=COLORS[method], linestyle=LINES.get(method), linewidth=1)
         if key == "b1":
             axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         if key == "w":
             axis.set_ylim(-0.03, 1.03)
         if logarithmic and axis.lines:
-            axis.set_yscale("log", nonpositive="mask")
-            axis.yaxis.set_minor_locator(LogLocator(subs=(3,)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            log_scale(axis)
         axis.set_title(title, loc="left")
         axis.set(xlabel="step", ylabel=name)
         axis.tick_params(labelbottom=True)

@@ -33,7 +33,7 @@ from distil import data, machine, metrics, sample
 from distil.fast_loss import lift, place
 from distil.prepare import batches, prepare
 from distil.process import Process, split
-from distil.report import COLORS
+from distil.report import COLORS, LINES
 from distil.settings import Settings, plain
 from distil.students import Student
 from lift_place import Distillation
@@ -295,26 +295,31 @@ def spread(axis, x: Sequence[float], values: Sequence[Sequence[float]], name: st
     values: (seeds, len(x)), or one row for a single line.
     """
     values = torch.stack([torch.as_tensor(row, dtype=torch.float64) for row in values])
-    (line,) = axis.plot(x, values.mean(0), **{"color": COLORS.get(name), "label": name, **options})
+    look = {"color": COLORS.get(name), "linestyle": LINES.get(name), "label": name}
+    (line,) = axis.plot(x, values.mean(0), **look | options)
     axis.fill_between(x, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def dots(axis, groups: dict[str, Sequence[float]], colors: dict[str, str] = COLORS) -> None:
-    """A column for each group: a dot for every seed, a dash at their mean."""
+    """A line for each group, its name at the left: a dot for every seed, a dash at their mean."""
     for i, (name, values) in enumerate(groups.items()):
         color = colors.get(name, COLORS["place"])
-        axis.plot([i] * len(values), values, "o", color=color, markersize=5, alpha=0.6, markeredgewidth=0)
-        axis.hlines(sum(values) / len(values), i - 0.3, i + 0.3, color=color, linewidth=2)
-    axis.set_xticks(range(len(groups)), groups, **({"rotation": 30, "ha": "right"} if len(groups) > 4 else {}))
-    axis.grid(axis="x", visible=False)
+        axis.plot(values, [i] * len(values), "o", color=color, markersize=5, alpha=0.6, markeredgewidth=0)
+        axis.vlines(sum(values) / len(values), i - 0.3, i + 0.3, color=color, linewidth=2)
+    axis.set_yticks(range(len(groups)), groups)
+    axis.set_ylim(len(groups) - 0.5, -0.5)  # the first one on top
+    axis.grid(axis="y", visible=False)
 
 
 def trend(axis, found: dict[str, dict[str, Sequence[float]]], methods: Iterable[str], **options: Any) -> None:
     """A line for each method through its means, bars from least to most. found: {x: {method: a value per seed}}."""
     for name in methods:
         values, color = [one[name] for one in found.values()], COLORS[name]
-        axis.plot(list(found), [sum(v) / len(v) for v in values], marker="o", color=color, **options)
+        axis.plot(
+            list(found), [sum(v) / len(v) for v in values], **{"marker": "o", "color": color, "label": name} | options
+        )
         axis.vlines(list(found), [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.4)
+    axis.margins(x=0.12)  # room for the names below the outer points
 
 
 def image_row(axes, images: Iterable[Tensor], titles: Iterable[str], **options: Any) -> None:
@@ -324,3 +329,14 @@ def image_row(axes, images: Iterable[Tensor], titles: Iterable[str], **options: 
         axis.set_title(title, loc="center")
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
+
+
+def draw_maps(maps: dict[str, Tensor], x0: Tensor, image: int, timesteps: Sequence[float]) -> None:
+    """A row of panels for each student: one image of x0 (B, C, H, W), then its map at each timestep, with the share of
+    the error that lies in the worst tenth of the pixels, mean over all images. maps: {name: (T, B, H, W)}."""
+    _, axes = panels(len(maps), 1 + len(timesteps), width=1.4, height=1.5, squeeze=False)
+    for row, (name, found) in zip(axes, maps.items(), strict=True):
+        shares = share_of_worst(found).mean(1)  # (T,)
+        titles = [f"t = {t} ({share:.0%})" for t, share in zip(timesteps, shares, strict=True)]
+        image_row(row[:1], [x0[image].mean(0)], [name])
+        image_row(row[1:], found[:, image], titles, cmap="magma", vmin=0, vmax=None)

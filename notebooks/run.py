@@ -45,7 +45,7 @@ def execute(path: Path, folder: Path, **limits) -> nbformat.NotebookNode:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("run.py", description="Execute notebooks at full size and record their outputs.")
     parser.add_argument("notebooks", metavar="NOTEBOOK", nargs="*", type=Path, help="[all]")
-    os.environ.pop("NOTEBOOK_FAST", None)
+    os.environ.pop("NOTEBOOK_SIZE", None)
     from_nothing = not (HERE / "runs").exists()
     for path in parser.parse_args(arguments).notebooks or sorted(HERE.glob("*.ipynb")):
         print(f"{path.name}: ", end="", flush=True)

@@ -160,8 +160,8 @@ def test_plots_show_every_seed():
     _, axis = analysis.panels()
     analysis.dots(axis, {"out": [1.0, 2.0], "place": [3.0]})
     analysis.spread(axis, [0, 1], [[1.0, 2.0], [3.0, 4.0]], "place")
-    heights = [line.get_ydata().tolist() for line in axis.lines]
-    assert heights == [[1.0, 2.0], [3.0], [2.0, 3.0]]
+    values = [line.get_xdata().tolist() for line in axis.lines[:2]] + [axis.lines[2].get_ydata().tolist()]
+    assert values == [[1.0, 2.0], [3.0], [2.0, 3.0]]
     _, axis = analysis.panels()
     analysis.trend(axis, {"600": {"out": [1.0, 2.0]}, "1200": {"out": [3.0]}}, ["out"])
     assert axis.lines[0].get_ydata().tolist() == [1.5, 3.0]
