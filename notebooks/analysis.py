@@ -215,7 +215,8 @@ def distil(
     students are kept in `settings.out`, where a second call finds them.
 
     Args:
-        losses: {name: loss(e_S, e_T, step)}, a sum over C, H, W and a mean over the batch as the diffusion loss is.
+        losses: {name: loss(e_S, e_T, step)}, a sum over C, H, W and a mean over the batch as the diffusion loss is. One
+            that keeps a state is copied for each student.
         start: the network that the students are pruned from; None: the teacher.
         snapshots: numbers of steps after which to keep a copy, beside the last.
 
@@ -240,7 +241,7 @@ def distil(
             net = prune_channels(start or teacher, settings.prune, settings.importance, settings.norm_groups, seed=seed)
             for name, loss in losses.items():
                 own = machine.on_device(copy.deepcopy(net), device)
-                students.append(Student(settings, method(name, loss), seed, own))
+                students.append(Student(settings, method(name, copy.deepcopy(loss)), seed, own))
         with contextlib.closing(batches(settings, images, process, teacher)) as stream:
             for at in tqdm(range(settings.steps), desc=folder.name, unit="step", mininterval=1.0):
                 train.step(settings, students, teacher, process, next(stream), at)
