@@ -91,7 +91,8 @@ def place(
             identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost about 1.
         weight: w. None is the adaptive schedule; a number or scalar tensor fixes it (see `schedule`); a function gets
             the detached coarse l1 mean x and returns w: with several processes pass one that averages x over them,
-            such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates.
+            such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates. A tensor that requires a
+            gradient gets one: a learned w, as in the paper's ablation.
 
     Returns:
         Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say.
@@ -153,7 +154,7 @@ def _fit(s, t, norm, reduction, eps, ridge, weight, coarse_weight=1.0) -> Distil
     loss = coarse_weight * coarse + w * fine  # (B,)
     if reduction != "none":
         loss = loss.mean() * (s[0].numel() if reduction == "sum" else 1)  # C N: what the sum over one sample would be
-    return Distillation(loss, coarse.mean(), fine.mean(), w, b0.squeeze(-1), 1 + slope.squeeze(-1))
+    return Distillation(loss, coarse.mean(), fine.mean(), w.detach(), b0.squeeze(-1), 1 + slope.squeeze(-1))
 
 
 def adaptive(x: Tensor) -> Tensor:
@@ -162,14 +163,14 @@ def adaptive(x: Tensor) -> Tensor:
 
 
 def weigh(x: Tensor, weight: Weight) -> Tensor:
-    """w (), detached, of the coarse l1 mean x (), as `weight` says; ValueError for one of more than one element."""
+    """w () of the coarse l1 mean x (), as `weight` says; ValueError for one of more than one element."""
     w = adaptive if weight is None else weight
     w = torch.as_tensor(w(x.detach()) if callable(w) else w)
     if w.numel() != 1:
         raise ValueError(
             f"weight must be a number or hold one element, not {tuple(w.shape)}: one w for the whole batch"
         )
-    return w.detach().to(x).reshape(())
+    return w.to(x).reshape(())
 
 
 def schedule(kind: str, step: int, total: int) -> float | None:

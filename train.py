@@ -60,7 +60,7 @@ from models import Network
 # ---- The objective ---------------------------------------------------------------------------------------------------
 
 Output = tuple[Tensor, list[Tensor]]  # of a network: (B, C or 2 C, H, W), and its features, (B, ...) each
-Distance = Callable[[Tensor, Tensor, Any], tuple[Tensor, Distillation | None]]  # (e_S, e_T, w) -> loss (), its parts
+Distance = Callable[[Tensor, Tensor, Any, int], tuple[Tensor, Distillation | None]]  # (e_S, e_T, w, step) -> (), parts
 
 
 class Method(NamedTuple):
@@ -76,6 +76,7 @@ class Method(NamedTuple):
     lambda_feat: Callable[[int], float]  # at a step
     taps: slice  # which of the features are compared
     adapt: bool  # FitNet: where channels were pruned, the student's features pass adapters
+    learns_weight: bool  # w of LIFT and PLACE is a parameter
 
     @property
     def weighed(self) -> bool:
@@ -97,9 +98,9 @@ def resolve(settings: Settings, name: str) -> Method:
     def absolute(a: Tensor, b: Tensor, elements: int) -> Tensor:  # (B, ...) each -> (), as if of so many elements
         return l1_loss(a.float(), b.float()) * (elements if total else 1)
 
-    def lines(loss: Callable[..., Distillation], **more: Any) -> Distance:
-        def distance(student: Tensor, teacher: Tensor, w: Any) -> tuple[Tensor, Distillation]:
-            parts = loss(student, teacher, weight=w, **constants, **more)
+    def lines(loss: Callable[..., Distillation], more: Callable[[int], dict[str, Any]]) -> Distance:
+        def distance(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
+            parts = loss(student, teacher, weight=w, **constants, **more(at))
             return parts.loss, parts
 
         return distance
@@ -113,11 +114,17 @@ def resolve(settings: Settings, name: str) -> Method:
         stages = 0 if folded else settings.feat_stages
         return lambda_feat * (1 - at * stages // settings.steps / max(stages - 1, 1) if stages else 1.0)
 
-    by_lines = {"lift": lines(fast_loss.lift), "place": lines(fast_loss.place, group_size=settings.group_size)}
+    def group(at: int) -> dict[str, Any]:  # halved after equal parts of the run
+        return {"group_size": settings.group_size >> at * (settings.halve_group_size + 1) // settings.steps}
+
+    by_lines = {
+        "lift": lines(fast_loss.lift, lambda at: {"per": settings.lift_per}),
+        "place": lines(fast_loss.place, group),
+    }
     distances: dict[str | None, Distance | None] = by_lines | {
         None: None,
-        "squared": lambda student, teacher, w: (squared(student, teacher), None),
-        "absolute": lambda student, teacher, w: (absolute(student, teacher, student[0].numel()), None),
+        "squared": lambda student, teacher, *_: (squared(student, teacher), None),
+        "absolute": lambda student, teacher, *_: (absolute(student, teacher, student[0].numel()), None),
     }
     return Method(
         name=name,
@@ -130,6 +137,7 @@ def resolve(settings: Settings, name: str) -> Method:
         lambda_feat=feature_weight,
         taps=slice(-1, None) if folded else slice(None),
         adapt=not folded,
+        learns_weight=settings.schedule == "learned" and distance_name in by_lines,
     )
 
 
@@ -153,7 +161,7 @@ def objective(
     if method.output is not None:
         prediction, variance = split(output, batch.x_t.shape[1])
         teacher_prediction, _ = split(teacher[0], batch.x_t.shape[1])
-        kd, parts = method.output(prediction, teacher_prediction, w)
+        kd, parts = method.output(prediction, teacher_prediction, w, step)
         if variance is not None:
             kd = kd + process.bound(output, batch.x0, batch.x_t, batch.t, teacher[0])
         loss = loss + method.lambda_out * kd
@@ -219,7 +227,7 @@ def step(
                 student.scaler.scale(found["loss"] * share).backward()
             total[i] += found["loss"].detach() * share
             if watched and theirs is not None:
-                found.update(diagnose(student.kd, part, own[0], theirs[0], lines))
+                found.update(diagnose(student.kd, part, own[0], theirs[0], lines, at))
     for student, found, loss in zip(students, numbers, mean_over_ranks(total), strict=True):
         with timed(student):
             found["grad_norm"] = update(settings, student, at, loss)
@@ -234,6 +242,8 @@ def weights(
 
     Where w follows from the outputs and a process takes its share in several parts, they are looked at once before.
     """
+    if settings.schedule == "learned":
+        return [student.learned_weight for student in students]
     w, n = schedule(settings.schedule, at, settings.steps), sum(len(part.t) for part in parts.values())
     weighed = [i for i, student in enumerate(students) if student.kd.weighed]
     if w is not None or not weighed or (len(parts) == 1 and rank_and_world()[1] == 1):
@@ -246,7 +256,7 @@ def weights(
         for i in weighed:
             with timed(students[i]):
                 prediction, _ = split(ask(students[i], first)[0], part.x_t.shape[1])
-                lines = students[i].kd.output(prediction, teacher_prediction, lambda x: x)[1]
+                lines = students[i].kd.output(prediction, teacher_prediction, lambda x: x, at)[1]
             coarse[i] += lines.weight * (len(part.t) / n)
     return list(adaptive(mean_over_ranks(coarse)))
 
@@ -261,7 +271,7 @@ def update(settings: Settings, student: Student, at: int, loss: Tensor) -> Tenso
     student.advance(loss, norm)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    rate = min(settings.ema, (1 + at) / (10 + at))  # short runs would otherwise average over their start
+    rate = min(settings.ema, (1 + at) / (10 + at) if settings.ema_warmup else 1)  # short runs forget their start
     with torch.no_grad():
         torch._foreach_lerp_(list(student.ema.parameters()), list(student.net.parameters()), 1 - rate)
     return norm
@@ -276,11 +286,11 @@ def lr_factor(settings: Settings, at: int) -> float:
 
 @torch.no_grad()
 def diagnose(
-    method: Method, batch: Batch, output: Tensor, teacher_output: Tensor, parts: Distillation | None
+    method: Method, batch: Batch, output: Tensor, teacher_output: Tensor, parts: Distillation | None, at: int
 ) -> dict[str, Tensor]:
     """What a log line says of a student beside its loss: the parts of its own LIFT or PLACE, else those of PLACE."""
     (output, _), (teacher_output, _) = (split(x, batch.x_t.shape[1]) for x in (output, teacher_output))
-    parts = parts or method.watch(output, teacher_output, None)[1]
+    parts = parts or method.watch(output, teacher_output, None, at)[1]
     lines = {"b0": parts.b0.mean(), "b1": parts.b1.mean(), "mse": (output - teacher_output).square().mean()}
     return {"coarse": parts.coarse, "fine": parts.fine, "w": parts.weight, **lines}
 
@@ -478,8 +488,9 @@ def distil(run: Run) -> dict[str, Any] | None:
         return run.metrics
     if run.teacher is None:
         say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
-    teacher = run.teacher or train_teacher(run, make_process(settings.process, spacing=settings.spacing))
-    process = process_of(teacher, settings.process, settings.spacing, settings.clip_x0)
+    of_time = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "timesteps": settings.timesteps}
+    teacher = run.teacher or train_teacher(run, make_process(settings.process, **of_time))
+    process = process_of(teacher, settings.process, **of_time)
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients
     own, time = process, teacher.process
     if settings.fold_steps is not None:

@@ -83,7 +83,7 @@ def _fit(student, teacher, order, n, norm, reduction, eps, ridge, weight, coarse
     loss = coarse_weight * coarse + w * fine
     if reduction == "sum":
         loss = loss * student[0].numel()  # C N: the sum over one sample, as the pixel-space diffusion loss is
-    return Distillation(loss, coarse, fine, w, b0, 1 + slope)
+    return Distillation(loss, coarse, fine, w.detach(), b0, 1 + slope)
 
 
 class _Lines(torch.autograd.Function):

@@ -24,7 +24,7 @@ from distil import data, importance, machine, teachers, text_to_image
 from distil.fast_loss import place
 from distil.machine import Damaged, find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
 from distil.process import Process, make_process, process_of
-from distil.settings import EVALUATION, FREE, SD_STUDENTS, SHAPE, SIZES, Settings, flag, plain, preset
+from distil.settings import EVALUATION, FREE, SD_STUDENTS, SHAPE, SIZES, Settings, flag, once, plain, preset
 from distil.students import autocast
 from models import (
     DiT,
@@ -472,7 +472,8 @@ def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
 
 def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path) -> None:
     """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
-    now, former = plain(settings), {"fold_end": "last" if former.get("fold_steps") else None, **former}  # once always
+    chosen = {"taylor_batch": settings.taylor_batch}  # long ago: a checkpoint brings its own channels
+    now, former = plain(settings), {**once(former), **chosen, **former}
     differ = [name for name in now if name not in FREE | EVALUATION and now[name] != former.get(name)]
     if differ:
         changes = ", ".join(f"{flag(name)} was {former.get(name)}, is {now[name]}" for name in differ)
@@ -532,6 +533,8 @@ def teacher_settings(settings: Settings) -> Settings:
     own |= {"lambda_diff": 1.0}
     given = {name: getattr(settings, name) for name in sorted(SHAPE)}
     own |= {name: value for name, value in given.items() if value is not None}
+    usual = preset(settings.dataset, 0.0, settings.arch)  # only others are named, so that folders stay
+    own |= {name: value for name in ("ema_warmup", "timesteps") if (value := getattr(settings, name)) != usual[name]}
     key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
@@ -561,9 +564,9 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
     # a checkpoint brings its own weights: then any channels will do
     importance_of = settings.importance if run.checkpoint is None else "random"
     if importance_of == "taylor" and any(p.grad is None for p in teacher.parameters()):
-        # all 1000 timesteps as published, but never more passes than the distillation itself makes
-        timesteps = range(0, process.steps, max(1, process.steps // settings.steps))
-        batch = first_batch(run, teacher, process)
+        few = min(settings.taylor_steps or process.steps, process.steps)
+        timesteps = range(0, process.steps, process.steps // few)[:few]
+        batch = first_batch(run, teacher, process, settings.taylor_batch)
         importance.accumulate_gradients(
             teacher, process, batch.x0, batch.noise, settings.taylor_threshold, timesteps, cond=batch.cond
         )
@@ -637,9 +640,10 @@ def learned(run: Run, teacher: Network, process: Process, loss: Loss, n: int, se
         return importance.learned_blocks(teacher, n, of_step, run.settings.depth_steps, seed=seed)
 
 
-def first_batch(run: Run, net: Network, process: Process) -> Batch:
-    """One whole batch, from which pruning learns what matters."""
-    with contextlib.closing(batches(run.settings, run.images, process, net, whole=True)) as stream:
+def first_batch(run: Run, net: Network, process: Process, size: int | None = None) -> Batch:
+    """One whole batch, from which pruning learns what matters. size: other than that of the run."""
+    settings = replace(run.settings, batch_size=size or run.settings.batch_size)
+    with contextlib.closing(batches(settings, run.images, process, net, whole=True)) as stream:
         return next(stream)
 
 

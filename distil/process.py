@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distil.settings import PROCESSES
+from distil.settings import PROCESSES, SPACINGS, TIMESTEPS
 
 Net = Callable[[Tensor, Tensor, dict[str, Tensor] | None], Tensor]
 Source = torch.Generator | Sequence[torch.Generator] | None  # of random numbers: one, or one per sample
@@ -179,6 +179,8 @@ class DDPM(Process):
             "x0".
         clip_x0: whether a sampler clamps the predicted image to [-1, 1] at every step, and the noise with it. Of
             pixels only; the paper's samples are drawn without, SFDDM's with.
+        timesteps: how those of a training batch are drawn: in "antithetic" pairs t and T - 1 - t (ddim), or "uniform",
+            each by itself (DiT, Stable Diffusion).
 
     Attributes: `betas` and `alpha_bar`, both (`steps`,) float32, and `index`, int64, the timesteps of the process that
     this one was folded from; on the CPU.
@@ -191,9 +193,10 @@ class DDPM(Process):
 
     def __init__(
         self, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2, spacing: str = "leading",
-        schedule: str = "linear", prediction: str = "noise", clip_x0: bool = False,
+        schedule: str = "linear", prediction: str = "noise", clip_x0: bool = False, timesteps: str = "antithetic",
     ):  # fmt: skip
-        words = {"spacing": ("leading", "linspace"), "schedule": tuple(SCHEDULES), "prediction": ("noise", "v", "x0")}
+        words = {"spacing": SPACINGS, "schedule": tuple(SCHEDULES), "prediction": ("noise", "v", "x0"),
+                 "timesteps": TIMESTEPS}  # fmt: skip
         for name, known in words.items():
             if (given := locals()[name]) not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {given!r}")
@@ -201,7 +204,7 @@ class DDPM(Process):
             raise ValueError(f"DDPM needs at least 1 timestep, got steps={steps}; the published models use 1000")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        self.spacing, self.prediction, self.clip_x0 = spacing, prediction, clip_x0
+        self.spacing, self.prediction, self.clip_x0, self.pairs = spacing, prediction, clip_x0, timesteps != "uniform"
         self.sampler = "DDIM with clipped x0" if clip_x0 else "DDIM"
         self.betas = SCHEDULES[schedule](steps, beta_start, beta_end).float()  # (T,)
         self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
@@ -314,17 +317,25 @@ class DDPM(Process):
         return nats.mean() / math.log(2)
 
     def _draw_t(self, batch: int, generator: torch.Generator | None, where: Any) -> Tensor:
-        """Integers in antithetic pairs t and T - 1 - t: easy and hard ones balance, each single t is still uniform."""
+        """Integers. In antithetic pairs t and T - 1 - t easy and hard ones balance, each single t is still uniform."""
+        if not self.pairs:
+            return torch.randint(0, self.steps, (batch,), generator=generator, device=where)
         u = torch.randint(0, self.steps, (batch // 2 + 1,), generator=generator, device=where)
         return torch.cat([u, self.steps - 1 - u])[:batch]
 
     def _times(self, steps: int) -> list[int]:
-        """Evenly spaced down to 0; "linspace" from T - 1 on, as in DiT, "leading" from T - T / steps on, as in ddim.
+        """Evenly spaced down to 0; "linspace" from T - 1 on, as in DiT, "leading" from T - T / steps on, as in ddim;
+        "quad" the squares of evenly spaced numbers from 0.8 T on, as in ddim for CIFAR-10.
+
+        Of 100 quadratic ones 96 are different; ddim takes steps from one to the same too, which change nothing.
 
         Where `steps` divides T they are the published range(0, T, T // steps), reversed. Otherwise the published rule
         visits more than `steps` of them (T = 1000, steps = 300: 334); here there are always exactly `steps`, with
         gaps that differ by at most one.
         """
+        if self.spacing == "quad":
+            last, n = math.sqrt(0.8 * self.steps), max(steps - 1, 1)
+            return sorted({int((i * (last / n)) ** 2) for i in range(steps)}, reverse=True)
         if self.spacing == "linspace":
             return [round(i * (self.steps - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
         return [i * self.steps // steps for i in reversed(range(steps))]
@@ -461,26 +472,28 @@ def _start(net: Net, shape: Sequence[int], noise: Tensor | None, generator: Sour
 
 def make_process(
     name: str = "ddpm", fold: int | Sequence[int] | None = None, spacing: str = "leading", clip_x0: bool = False,
-    **arguments: Any,
+    timesteps: str = "antithetic", **arguments: Any,
 ) -> Process:  # fmt: skip
     """The process of that name in `settings.PROCESSES`, with other `arguments` where they are given.
 
-    fold, spacing, clip_x0: of DDPM, a flow leaves them aside. A folded process knows its own timesteps alone: `phi` is
-    the identity.
+    fold, spacing, clip_x0, timesteps: of DDPM, a flow leaves them aside. A folded process knows its own timesteps
+    alone: `phi` is the identity.
     """
     kind, usual = PROCESSES[name]
     if kind == "flow":
         return RectifiedFlow(**{**usual, **arguments})
-    process = DDPM(**{**usual, **arguments}, spacing=spacing, clip_x0=clip_x0)
+    process = DDPM(**{**usual, **arguments}, spacing=spacing, clip_x0=clip_x0, timesteps=timesteps)
     if fold is not None:
         process = process.fold(fold)
         process.index = torch.arange(process.steps)
     return process
 
 
-def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False) -> Process:
+def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False,
+               timesteps: str = "antithetic") -> Process:  # fmt: skip
     """The process as this network knows it (`net.process`). name: of networks that do not say."""
-    return make_process(**{"name": name, "spacing": spacing, "clip_x0": clip_x0, **net.process})
+    options = {"name": name, "spacing": spacing, "clip_x0": clip_x0, "timesteps": timesteps}
+    return make_process(**{**options, **net.process})
 
 
 def fold_of(net: nn.Module, folded: Process) -> dict[str, Any]:

@@ -62,7 +62,10 @@ SD_STUDENTS: dict[str, tuple[int, ...] | None] = {
     "base": None, "small": None, "tiny": None, "C_base": (256, 512, 1024, 1024), "C_small": (224, 448, 896, 896),
     "C_tiny": (192, 384, 768, 768), "C_micro": (160, 320, 640, 640), "C_extreme": (128, 256, 512, 512),
 }  # fmt: skip
+TIMESTEPS = ("antithetic", "uniform")  # of a training batch of DDPM
+WEIGHTS = ("adaptive", "constant", "linear", "cosine", "learned")  # w: schedules of lift_place.py, and a parameter
 PRECISIONS = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SPACINGS = ("leading", "linspace", "quad")  # of the timesteps of a sampler, as `DDPM.timesteps` has them
 DEPTH_METHODS = ("uniform", "first", "random", "shortgpt", "learned")  # which blocks of a transformer stay
 
 # ---- The presets -----------------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ PAPER = {
     "feat_stages": 0, "lr": 2e-4, "weight_decay": 0.0, "warmup": 0, "decay": "constant", "lr_end": 0.0,
     "importance": "taylor", "depth_method": "uniform", "depth_steps": 1000, "init": "teacher", "caption_dropout": 0.0,
     "eval_samples": 0, "sample_steps": 100, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "clip_x0": False,
-    "norm_groups": "keep",
+    "norm_groups": "keep", "ema_warmup": False, "timesteps": "antithetic",
     "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128,
 }  # fmt: skip
 CELEBA = PAPER | {
@@ -84,24 +87,28 @@ CELEBA = PAPER | {
     "image_size": 64,
     "network": {"channel_mults": (1, 2, 2, 2, 4)},
     "batch_size": 96,
+    "taylor_batch": 64,
 }
 LSUN = PAPER | {"image_size": 256, "network": {"channel_mults": (1, 1, 2, 2, 4, 4)}, "batch_size": 16, "lr": 2e-5,
                 "clip": 0.0, "ema": 0.999, "dropout": 0.0, "teacher_steps": 2_400_000, "teacher_lr": 2e-5}  # fmt: skip
-BEDROOM = LSUN | {"dataset": "lsun_bedroom"}
+BEDROOM = LSUN | {"dataset": "lsun_bedroom", "taylor_batch": 4}
 # Class-conditional latents, as TinyFusion has them: Table 3.
 TINYFUSION = PAPER | {"arch": "dit", "constants": "tinyfusion", "dropout": 0.0, "lambda_diff": 0.1, "lambda_out": 0.9,
                       "lambda_feat": 1e-2, "feat_stages": 100, "decay": "cosine", "lr_end": 1e-4,
                       "depth_method": "learned", "depth_steps": 10_000, "sample_steps": 250, "eta": 1.0,
-                      "spacing": "linspace", "guidance": 1.5, "teacher_lr": 1e-4, "channels": 1152}  # fmt: skip
+                      "spacing": "linspace", "guidance": 1.5, "teacher_lr": 1e-4, "channels": 1152,
+                      "timesteps": "uniform"}  # fmt: skip
 IMAGENET = TINYFUSION | {"dataset": "imagenet", "image_size": 256, "batch_size": 256, "steps": 500_000}  # DiT-XL/2
 # Text to image, as BK-SDM has it: Table 2, with --student base, small or tiny.
 BK_SDM = PAPER | {"dataset": "latents", "arch": "sd", "process": "sd", "constants": "bk-sdm", "batch_size": 128,
                   "steps": 50_000, "lr": 5e-5, "weight_decay": 1e-2, "dropout": 0.0, "lambda_feat": 1.0,
-                  "caption_dropout": 0.1, "sample_steps": 25, "guidance": 7.5}  # fmt: skip
+                  "caption_dropout": 0.1, "sample_steps": 25, "guidance": 7.5, "timesteps": "uniform",
+                  "ema_warmup": True}  # fmt: skip
 # The demos keep what decides the paper's effect: GroupNorm that pruning turned into instance norm, the reductions, the
 # lambdas, clip 1.0; how long and how fast they learn fits a CPU.
 DIGITS = {"dataset": "digits", "image_size": 8, "warmup": 50, "decay": "cosine", "lr_end": 0.0, "ema": 0.99,
-          "dropout": 0.0, "sample_steps": 50, "teacher": "train", "channels": 64}  # fmt: skip
+          "dropout": 0.0, "sample_steps": 50, "teacher": "train", "channels": 64, "timesteps": "antithetic",
+          "ema_warmup": True}  # fmt: skip
 
 # What a line leaves open (None) is chosen by whether there is a GPU and by the number of images: the first row of SIZES
 # that fits. Teachers of 32 and 64 channels have 8 channels a group, so that a tenth of them can stay.
@@ -136,12 +143,12 @@ PRESETS: list[dict[str, Any]] = [
     BEDROOM | {"prune": 0.3, "steps": 200_000},
     BEDROOM | {"prune": 0.5, "steps": 500_000},
     BEDROOM | {"prune": 0.7, "steps": 700_000},
-    LSUN | {"dataset": "lsun_church", "prune": 1.0, "steps": 500_000},
+    LSUN | {"dataset": "lsun_church", "prune": 1.0, "steps": 500_000, "taylor_batch": 2},
     PAPER | {"dataset": "cifar10", "image_size": 32, "prune": 1.0, "steps": 100_000, "batch_size": 128,
-             "network": {"channel_mults": (1, 2, 2, 2)}},
+             "taylor_batch": 128, "spacing": "quad", "network": {"channel_mults": (1, 2, 2, 2)}},
     # Not as in the paper: norms that keep their channels, and clamping, without which short training shows noise.
     PAPER | {"dataset": "folder", "prune": 1.0, "teacher": "train", "sample_steps": 50, "norm_groups": "scale",
-             "clip_x0": True, "network": {"channel_mults": (1, 2, 2, 2)}, **dict.fromkeys(OPEN)},
+             "clip_x0": True, "ema_warmup": True, "network": {"channel_mults": (1, 2, 2, 2)}, **dict.fromkeys(OPEN)},
     IMAGENET | {"prune": 0.5},  # DiT-D14
     IMAGENET | {"prune": 0.75},  # D7
     IMAGENET | {"prune": 0.86},  # D4
@@ -155,8 +162,9 @@ PRESETS: list[dict[str, Any]] = [
 
 # What --fold-steps changes in a line: SFDDM has no term for the data. Of its published settings only that of CIFAR-10
 # is known, unpruned and from scratch (with --process sfddm --fold-steps 128).
-FOLD = {"lambda_diff": 0.0}
-FOLD_CIFAR10 = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0.0, "dropout": 0.0, "init": "random"}
+FOLD = {"lambda_diff": 0.0, "spacing": "leading"}
+FOLD_CIFAR10 = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0.0, "dropout": 0.0, "init": "random",
+                "timesteps": "uniform"}  # fmt: skip
 
 
 def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: Any = None) -> dict[str, Any]:
@@ -224,6 +232,8 @@ class Settings:
     depth_steps: int | None = option(None, "steps of choosing them with learned", int, low=1)
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
     taylor_threshold: float = option(0.0, "taylor stops where the loss is below this share of its peak", float, low=0)
+    taylor_batch: int | None = option(None, "images that it looks at; without a preset a batch", int, low=1)
+    taylor_steps: int | None = option(None, "timesteps that it looks at, evenly spaced; all", int, low=1)
     norm_groups: str | None = option(None, "their number stays, or scales with the width", choices=("keep", "scale"))
     head: str | None = option(None, "unet, dit: of the students, gives back what norms erase", choices=("statistics",))
     kd: tuple[str, ...] = option(("place",), "methods, one or more", choices=tuple(METHODS))
@@ -256,6 +266,8 @@ class Settings:
     lr_end: float | None = option(None, "where cosine ends", float, low=0)
     clip: float | None = option(None, "largest gradient norm of a student, 0: no clipping", float, low=0)
     ema: float | None = option(None, "rate of the weight average that is evaluated and saved", float, low=0, below=1)
+    ema_warmup: bool | None = option(None, "lower its rate in the first steps, to (1 + step) / (10 + step)", bool)
+    timesteps: str | None = option(None, "of a batch: in pairs t, T - 1 - t, or each alone", choices=TIMESTEPS)
     dropout: float | None = option(None, "dropout of the students; the teacher predicts without", float, low=0, below=1)
     caption_dropout: float | None = option(None, "share of captions dropped, for guidance", float, low=0, below=1)
     lambda_diff: float | None = option(None, "weight of the diffusion loss", float, low=0)
@@ -265,14 +277,16 @@ class Settings:
     feat_stages: int | None = option(None, "equal parts of a run in which it falls to 0; 0: it stays", int, low=0)
     constants: str | None = option(None, "of which published setting: those of all losses", choices=CONSTANTS)
     group_size: int = option(16, "K of place: elements per group", int, low=2)
+    halve_group_size: int = option(0, "how often K is halved, after equal parts of the run", int, low=0, high=20)
+    lift_per: str = option("channel", "lift: one line for each channel, or sample", choices=("channel", "sample"))
     norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
-    schedule: str = option("adaptive", "w of lift and place", choices=("adaptive", "constant", "linear", "cosine"))
+    schedule: str = option("adaptive", "w of lift and place", choices=WEIGHTS)
     eval_samples: int | None = option(
         None, "images to sample from every student, 0: no evaluation", int, low=0, high=10**7
     )
     sample_steps: int | None = option(None, "DDIM steps", int, low=1, high=1024)
     eta: float | None = option(None, "DDIM eta: 0 deterministic, 1 ancestral DDPM", float, low=0, high=1)
-    spacing: str | None = option(None, "of the sampler: as ddim's, as DiT's", choices=("leading", "linspace"))
+    spacing: str | None = option(None, "of the sampler: as ddim's, DiT's, ddim's for CIFAR-10", choices=SPACINGS)
     clip_x0: bool | None = option(None, "clamp the predicted image at every step; the paper does not", bool)
     guidance: float | None = option(None, "scale of classifier-free guidance, 1: none", float, low=0)
     out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
@@ -358,6 +372,13 @@ class Settings:
                 "dropout a seed draws nothing but random channels, blocks or weights: prune with "
                 f"{drawn[0]} random, or use --init random, or one seed"
             )
+        if self.group_size % (n := 2**self.halve_group_size) or self.group_size < 2 * n:
+            raise ValueError(
+                f"--halve-group-size {self.halve_group_size} cannot be used: groups of {self.group_size} elements "
+                "must stay whole, and of at least 2"
+            )
+        if self.schedule == "learned" and self.fsdp:
+            raise ValueError("--schedule learned does not go with --fsdp: use DDP, or another schedule")
         if self.fold_end is not None and not isinstance(self.fold_steps, int):
             raise ValueError("--fold-end says how T' timesteps end: use it with --fold-steps and a number")
         if self.fold_steps is not None:
@@ -412,6 +433,12 @@ def brief(value: Any) -> str:
     if isinstance(value, tuple):
         return ".".join(map(str, value))
     return "" if value is True else f"{value:g}"
+
+
+def once(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run of this config, perhaps of an older version, did before these settings could be chosen."""
+    return {"fold_end": "last" if config.get("fold_steps") else None, "ema_warmup": True, "timesteps": "antithetic",
+            "halve_group_size": 0, "lift_per": "channel"}  # fmt: skip
 
 
 # Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.

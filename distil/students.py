@@ -156,6 +156,7 @@ class Student:
     parallel what a step calls: `model`, or that within DistributedDataParallel
     ema      the average of the weights of `net`, which is evaluated and saved
     kd       what it learns from: a `train.Method`; method: its name
+    logit    of a learned w of LIFT and PLACE, (1,), else None
     seconds  how long its share of all steps took
     bad      (), on the device: how many steps in a row were not finite and left out
     stopped  the step before which it ceased to learn, None for one that learns
@@ -170,6 +171,10 @@ class Student:
         if kd.features is not None:
             torch.manual_seed(hash_seed(seed))  # of the adapters
             self.model = tap_like(net, teacher, kd.taps, kd.adapt).to(self.device)
+        self.logit = None
+        if kd.learns_weight:
+            self.model = self.model if kd.features is not None else Tapped(net, [])
+            self.logit = self.model.logit = nn.Parameter(torch.zeros(1, device=self.device))
         if settings.compile:
             self.model.compile()  # in place: the names of the parameters stay
         self._distribute()
@@ -188,6 +193,10 @@ class Student:
     def predict(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output (B, C or 2C, H, W), and the features, [] without."""
         return predict(self.parallel, x_t, t, cond)
+
+    def learned_weight(self, coarse: Tensor) -> Tensor:
+        """w as a parameter, in (0, 1), whatever the coarse term: (1,)."""
+        return self.logit.sigmoid()
 
     def sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients of several processes are averaged once, in the backward pass of the last part of a batch."""

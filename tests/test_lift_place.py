@@ -401,13 +401,16 @@ WEIGHTS = [0.0, 0.3, 1.0, torch.tensor(0.3), torch.full((1, 1), 0.3), torch.tens
 @every_loss
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-def test_a_given_weight_is_used_and_detached(loss, weight, reduction):
+def test_a_given_weight_is_used_and_learned_where_it_requires_it(loss, weight, reduction):
     student, teacher = outputs()
     kd = loss(student.requires_grad_(), teacher, weight=weight, reduction=reduction)
     assert kd.weight.item() == pytest.approx(float(torch.as_tensor(weight).detach()))
     assert kd.weight.shape == () and not kd.weight.requires_grad
     size = student[0].numel() if reduction == "sum" else 1
     torch.testing.assert_close(kd.loss, size * (kd.coarse + kd.weight * kd.fine))
+    if torch.is_tensor(weight) and weight.requires_grad:  # a learned w
+        (gradient,) = torch.autograd.grad(kd.loss, weight)
+        torch.testing.assert_close(gradient, (size * kd.fine).detach().to(gradient))
 
 
 @every_loss

@@ -330,10 +330,29 @@ def test_channels_are_drawn_or_measured():
 
     first, second = pruned("random", seeds=(0, 1))
     assert not same(first, second) and same(first, pruned("random")[0])
-    nets = [first, pruned("magnitude")[0], pruned("taylor")[0]]
+    nets = [first, pruned("magnitude")[0], pruned("taylor", taylor_steps=2)[0]]
     assert not any(same(a, b) for a, b in ((nets[0], nets[1]), (nets[1], nets[2]), (nets[0], nets[2])))
     assert len({tuple(tuple(x.shape) for x in state(net)) for net in nets}) == 1
     assert [len(x) for x in state(pruned("magnitude", norm_groups="scale")[0])] == [len(x) for x in state(first)]
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "timesteps"),
+    [({"dataset": "celeba"}, 64, range(1000)), ({"dataset": "lsun_bedroom"}, 4, range(1000)),
+     ({"importance": "taylor", "batch_size": 6, "steps": 3}, 6, range(1000)),
+     ({"importance": "taylor", "taylor_batch": 2, "taylor_steps": 4}, 2, range(0, 1000, 250))],
+)  # fmt: skip
+def test_importance_is_that_of_the_published_batch_and_of_all_timesteps(given, images, timesteps, monkeypatch):
+    seen, teacher = [], a_unet()
+    teacher.requires_grad_(True)
+    monkeypatch.setattr(
+        prepare.importance,
+        "accumulate_gradients",
+        lambda net, process, x0, noise, thr, times, **_: seen.append((len(x0), len(noise), thr, list(times))),
+    )
+    monkeypatch.setattr(prepare, "prune_channels", lambda net, *_, **__: net)
+    smaller(a_run(Settings(**given), data.load("digits")), teacher, DDPM(), None)
+    assert seen == [(images, images, 0.0, list(timesteps))]
 
 
 @pytest.mark.parametrize("net", [a_unet(), a_teacher()], ids=["unet", "dit"])
@@ -382,6 +401,12 @@ def test_a_finished_run_is_recognised_and_another_one_refused(tmp_path):
     for sampled in ({"sample_steps": 7}, {"eta": 1.0}, {"eval_samples": 0}, {"clip_x0": True}, {"guidance": 2.0}):
         other = Settings(**sampled)
         assert prepare.read_metrics(other, tmp_path) is None and read_checkpoint(other, tmp_path)["step"] == 3
+    older = {name: value for name, value in plain(settings).items() if name not in ("ema_warmup", "timesteps",
+             "halve_group_size", "lift_per", "taylor_batch", "taylor_steps", "sampler")}  # fmt: skip
+    torch.save({"step": 3, "settings": older, "students": {}}, tmp_path / "checkpoint.pt")
+    assert read_checkpoint(settings, tmp_path)["step"] == 3
+    with pytest.raises(ValueError, match=r"--ema-warmup was True, is False, --timesteps was antithetic, is uniform\)"):
+        read_checkpoint(Settings(ema_warmup=False, timesteps="uniform"), tmp_path)
     for read in (prepare.read_metrics, read_checkpoint):
         with pytest.raises(ValueError, match=r"--lr was 0.005, is 0.001, --clip was 1.0, is 2.0\): give the former"):
             read(Settings(lr=0.001, clip=2.0), tmp_path)

@@ -119,6 +119,22 @@ def test_training_times_follow_the_generator_and_are_distributed_as_published(pr
         assert logits.abs().gt(1).double().mean().item() == pytest.approx(0.3173, abs=0.01)
 
 
+def test_uniform_timesteps_are_drawn_alone():
+    t = make_process(timesteps="uniform").sample_t(100_000, seeded())
+    assert t.dtype == torch.int64 and (t.min(), t.max()) == (0, 999)
+    assert torch.bincount(t).float().std() < 2 * 100**0.5 and abs(torch.corrcoef(t.view(2, -1).float())[0, 1]) < 0.02
+    assert make_process("flow", timesteps="uniform").sample_t(4).is_floating_point()
+
+
+def test_quadratic_timesteps_are_those_of_ddim():
+    """https://github.com/ermongroup/ddim, skip_type "quad"; from one to the same a step changes nothing."""
+    for total, steps in ((1000, 100), (1000, 10), (200, 7), (5, 5), (1000, 1)):
+        published = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), steps) ** 2]
+        ours = DDPM(total, spacing="quad").timesteps(steps)
+        assert ours == sorted(set(published), reverse=True)
+    assert len(DDPM(spacing="quad").timesteps(100)) == 96 and DDPM(spacing="quad").timesteps(100)[0] == 800
+
+
 def test_training_times_of_a_flow_are_those_of_the_reference_trainer():
     """It draws an index int(1000 u), u logit-normal, into diffusers' list of shifted timesteps."""
     u = torch.randn(100_000, generator=seeded()).sigmoid()
@@ -490,7 +506,7 @@ REFUSED = [
     (lambda: DDPM(0), "at least 1 timestep"),
     (lambda: DDPM(10, 0.02, 0.01), "beta_start <= beta_end"),
     (lambda: DDPM(10, 0.0, 0.01), "beta_start <= beta_end"),
-    *[(lambda word=word: DDPM(**{word: "quad"}), word) for word in ("spacing", "schedule", "prediction")],
+    *[(lambda word=word: DDPM(**{word: "x"}), word) for word in ("spacing", "schedule", "prediction", "timesteps")],
     *[(lambda shift=shift: RectifiedFlow(shift), "shift above 0") for shift in (0, -1.0, math.nan, math.inf)],
     (lambda: D.sample_t(0), "at least 1"),
     (lambda: R.sample_t(0), "at least 1"),

@@ -215,7 +215,7 @@ def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
 def test_a_flow_is_trained_by_the_same_command(monkeypatch):
     for library in ("diffusers", "transformers", "accelerate"):  # which nobody needs for this
         monkeypatch.setitem(sys.modules, library, None)
-    run("--process", "flow", "--importance", "taylor", "--steps", "2", "--out", "runs/flow")
+    run("--process", "flow", "--importance", "taylor", "--taylor-steps", "2", "--steps", "2", "--out", "runs/flow")
     teacher = Path(teacher_settings(parse([*TINY, "--process", "flow"])).out)
     assert json.loads((teacher / "config.json").read_text())["process"] == "flow" and log("flow")[-1]["step"] == 1
 
@@ -304,8 +304,52 @@ def test_the_objective_is_the_papers_sum(kind, method, outputs):
 def test_constants_may_be_changed():
     a, b = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     for given, constants in (({"group_size": 32}, {"group_size": 32}), ({"norm": "l2"}, {"norm": "l2"})):
-        loss, parts = train.resolve(Settings(**given), "place").output(a, b, 0.3)
+        loss, parts = train.resolve(Settings(**given), "place").output(a, b, 0.3, 0)
         assert loss == place(a, b, reduction="sum", weight=0.3, **constants).loss and parts.weight == 0.3
+
+
+def test_groups_are_halved_after_equal_parts_of_a_run():
+    a, b = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    kd = train.resolve(Settings(halve_group_size=2, steps=9), "place")
+    sizes = [64 // kd.output(a, b, None, step)[1].b0.shape[2] for step in range(9)]
+    assert sizes == [16] * 3 + [8] * 3 + [4] * 3
+    assert kd.output(a, b, 0.3, 4)[0] == place(a, b, group_size=8, reduction="sum", weight=0.3).loss
+
+
+def test_a_line_may_be_that_of_a_sample():
+    a, b = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    loss, parts = train.resolve(Settings(lift_per="sample"), "lift").output(a, b, None, 0)
+    assert loss == lift_place.lift(a, b, per="sample", reduction="sum").loss and parts.b0.shape == (2, 1, 1)
+
+
+def test_the_average_warms_up_if_it_is_told_to():
+    for warm, share in ((True, 0.1), (False, 0.9)):
+        settings = Settings(ema=0.9, ema_warmup=warm, lr=1e-9)
+        student = Student(settings, train.resolve(settings, "none"), 0, models.UNet(8, 1, **SMALL))
+        start = student.ema.conv_in.weight.clone()
+        student.net.conv_in.weight.data += 1
+        train.update(settings, student, 0, torch.zeros(()))
+        torch.testing.assert_close(student.ema.conv_in.weight, start + 1 - share, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("lambda_feat", ["0", "1e-6"])
+def test_a_learned_w_is_a_parameter_that_falls_and_is_resumed(lambda_feat):
+    """With nothing but the fine loss to feel, w can only shrink, as it does in the published ablation."""
+    arguments = ["--kd", "none", "place", "--schedule", "learned", "--lambda-feat", lambda_feat, "--log-every", "1"]
+    arguments += ["--accumulate", "2", "--out", f"runs/learned{lambda_feat}"]
+    run(*arguments)
+    ws = [record["w"] for record in log(f"learned{lambda_feat}") if record["method"] == "place"]
+    assert ws[0] == 0.5 and ws == sorted(ws, reverse=True) and len(set(ws)) == 6
+    path = Path(f"runs/learned{lambda_feat}/checkpoint.pt")
+    state = torch.load(path, weights_only=True)["students"]
+    assert state["place-0"]["module"]["logit"].sigmoid() < ws[-1] and "logit" not in state["none-0"]["module"]
+    models.load(f"runs/learned{lambda_feat}/student/place-0")  # a network as all are
+    shutil.copy(path.with_name("checkpoint.prev.pt"), path)
+    path.with_name("metrics.json").unlink()
+    run(*arguments)
+    assert torch.equal(torch.load(path, weights_only=True)["students"]["place-0"]["module"]["logit"],
+                       state["place-0"]["module"]["logit"])  # fmt: skip
 
 
 def test_the_feature_weight_falls_to_zero_in_a_hundred_stages():
@@ -581,7 +625,7 @@ def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(caps
     diffusers.DDPMPipeline(unet=net, scheduler=scheduler).save_pretrained("tutorial")
 
     arguments = ["--teacher", "tutorial", "--prune", "0.5", "--kd", "feat", "place", "--importance", "taylor"]
-    arguments += ["--sample-steps", "4", "--out", "runs/tutorial"]
+    arguments += ["--taylor-steps", "4", "--sample-steps", "4", "--out", "runs/tutorial"]
     step = train.step
 
     def interrupted(*given):
@@ -822,6 +866,8 @@ REFUSED = [
     ("--dataset imagenet --depth-method luck", "--depth-method luck"),
     ("--dataset imagenet", "latents need --data"),
     ("--dataset lsun_church", "church_outdoor_train_lmdb", "--data"),
+    ("--group-size 12 --halve-group-size 3", "--halve-group-size 3 cannot be used", "groups of 12 elements"),
+    ("--schedule learned --fsdp", "--schedule learned does not go with --fsdp"),
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
     ("--head neck", "--head neck", "choose from statistics"),
     ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit", "sd"),
