@@ -39,6 +39,8 @@ def processes(device: str, hours: int = 12) -> Iterator[None]:
 
     device: "cpu" for processes that only wait for each other; "auto" or "cuda" lets GPUs exchange gradients.
     hours: how long one process may wait for the others, for instance while rank 0 downloads and decodes.
+
+    SystemExit, after one sentence and with code 1, where another process has ended before its time.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
@@ -49,6 +51,13 @@ def processes(device: str, hours: int = 12) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=hours))
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):  # how NCCL and gloo say it
+            raise
+        message = (
+            f"process {dist.get_rank()} stops, for another one has ended; the same command goes on from what is saved"
+        )
+        raise SystemExit(message) from error
     finally:
         dist.destroy_process_group()
 

@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +31,30 @@ def test_one_process_needs_no_others(monkeypatch):
     x = torch.arange(3.0)
     with machine.processes("auto"), machine.rank_0_first():
         assert machine.rank_and_world() == (0, 1) and machine.mean_over_ranks(x) is x
+
+
+def test_a_process_whose_partner_was_killed_says_so_in_one_sentence(tmp_path):
+    program = """
+import os, signal, torch
+from distil import machine
+with machine.processes("cpu"):
+    machine.mean_over_ranks(torch.ones(2))
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    machine.mean_over_ranks(torch.ones(2))
+"""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = str(held.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (
+        subprocess.Popen([sys.executable, "-c", program], env={**env, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    said = first.communicate(timeout=100)[1]
+    second.communicate(timeout=100)
+    assert first.returncode == 1 and "Traceback" not in said, said
+    assert "process 0 stops, for another one has ended; the same command goes on from what is saved" in said
 
 
 def test_a_device_is_found_or_refused(monkeypatch):
