@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import lift_place
 import models
-from distil import data, machine, prepare, sample, shards, teachers
+from distil import data, machine, metrics, prepare, sample, shards, teachers
 from distil.fast_loss import lift, place
 from distil.latents import captioned
 from distil.settings import Settings, flag, plain
@@ -50,21 +50,18 @@ def times(n: int) -> int:
     return max(1, round(n * SHARE))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _report():
-    """What was done, line by line, in runs/soak.json, which git ignores."""
-    yield
-    Path("runs").mkdir(exist_ok=True)
-    Path("runs/soak.json").write_text(json.dumps(DONE, indent=1) + "\n")
+def record(what: str, outcome: object) -> None:
+    """Notes what was done in runs/soak.json, which git ignores, beside what earlier parts of the campaign did."""
+    path = Path("runs/soak.json")
+    found = json.loads(path.read_text()) if path.exists() else {}
+    machine.write_json(path, {**found, "machine": machine.describe(), what: {"outcome": outcome, "share": SHARE}})
 
-
-DONE: dict[str, object] = {"machine": machine.describe()}
 
 # ---- Runs in processes of their own ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(tmp_path_factory):
     """start(folder, arguments): a run of train.py, forked from a process that has loaded torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo", "torch_pruning", "sklearn.datasets", "matplotlib.figure"])
@@ -72,7 +69,12 @@ def start():
         patch.setenv("PYTHONPATH", str(ROOT))
         context.Process(target=int).start()
 
+    ruler = tmp_path_factory.mktemp("ruler")
+    metrics.digit_classifier(8, ruler)
+
     def start(folder: Path, arguments: list[str], **environment: str) -> multiprocessing.Process:
+        if not folder.exists() and folder.name != "whole":  # making it takes longer than all the rest of a run
+            shutil.copytree(ruler, folder / data.CACHE)
         folder.mkdir(parents=True, exist_ok=True)
         process = context.Process(target=child, args=(str(folder), arguments, environment))
         process.start()
@@ -157,7 +159,7 @@ def test_runs_that_are_killed_at_any_moment_end_as_if_they_were_not(kind, start,
         assert same(tmp_path / "whole", folder), folder
         assert not [path for path in folder.rglob("*.part") if f"-{os.getpid()}." not in path.name]
         shutil.rmtree(folder)
-    DONE[f"SIGKILL, {kind}"] = f"{kills} in {rounds} runs"
+    record(f"SIGKILL, {kind}", f"{kills} in {rounds} runs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -177,7 +179,7 @@ def test_signals_at_any_moment_are_one_line_and_lose_no_step(number, start, tmp_
         finish(process, folder, (0, -number, 128 + number))
         finish(start(folder, arguments), folder)
         assert same(tmp_path / "whole", folder)
-    DONE[signal.Signals(number).name] = sent
+    record(signal.Signals(number).name, sent)
 
 
 def test_runs_that_meet(start, tmp_path):
@@ -193,8 +195,8 @@ def test_runs_that_meet(start, tmp_path):
         assert same(tmp_path / "teacher-0", folder)
         students = [load_file(folder / f"runs/{name}/student/model.safetensors") for name in ("run", "other")]
         assert all(torch.equal(x, students[1][name]) for name, x in students[0].items())
-    DONE["two runs with one --out"] = f"{times(6)}, of {len(ended)} commands {ended.count(2)} were refused"
-    DONE["two runs that share a teacher"] = times(6)
+    record("two runs with one --out", f"{times(6)}, of {len(ended)} commands {ended.count(2)} were refused")
+    record("two runs that share a teacher", times(6))
 
 
 def test_a_disk_that_is_full(start, tmp_path):
@@ -218,7 +220,7 @@ def test_a_disk_that_is_full(start, tmp_path):
             finish(start(folder, arguments), folder)
             assert same(tmp_path / "whole", folder)
             shutil.rmtree(folder)
-        DONE["full disks"] = f"{times(20)}, {refused} of them met, none lost a checkpoint"
+        record("full disks", f"{times(20)}, {refused} of them met, none lost a checkpoint")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -258,7 +260,7 @@ def test_command_lines(start, tmp_path):
         codes.append(process.exitcode)
         shutil.rmtree(folder)
     counts = {str(code): codes.count(code) for code in dict.fromkeys(codes)}
-    DONE["command lines"] = {"run": len(codes), "exit codes": counts}
+    record("command lines", {"run": len(codes), "exit codes": counts})
 
 
 # ---- Damaged files ---------------------------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ def test_damaged_files(tmp_path):
         for aside in file.parent.glob("*.broken-*"):
             aside.unlink()
         file.write_bytes(content)
-    DONE["damaged files"] = counts
+    record("damaged files", counts)
 
 
 # ---- Malicious files -------------------------------------------------------------------------------------------------
@@ -428,7 +430,7 @@ def test_payloads(tmp_path):
         for left in tmp_path.glob("*.pt*"):
             left.unlink()
         tried += 1
-    DONE["payloads"] = f"{tried}, none was run"
+    record("payloads", f"{tried}, none was run")
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -454,4 +456,4 @@ def test_losses_are_finite():
         loss.sum().backward()
         assert loss.isfinite().all() and student.grad.isfinite().all(), (how, shape)
         done += n
-    DONE["losses"] = done
+    record("losses", done)
