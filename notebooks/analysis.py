@@ -230,9 +230,9 @@ def distil(
     record, about = folder / "distil.json", {**plain(settings), "losses": list(losses), "keep": keep}
 
     def method(name: str, loss: Loss) -> train.Method:
-        """What a student of this loss learns from: the data and, beside it, the loss at the step of the loop below."""
+        """What a student of this loss learns from: the data and, beside it, the loss."""
         return train.resolve(settings, "none")._replace(
-            name=name, output=lambda e_s, e_t, w: (loss(e_s, e_t, at), None)
+            name=name, output=lambda e_s, e_t, w, step: (loss(e_s, e_t, step), None)
         )
 
     if not record.exists():
@@ -248,7 +248,7 @@ def distil(
                 for student in students if at + 1 in keep else ():
                     student.ema.save(folder / f"{at + 1}" / student.name)
         machine.write_json(record, about)
-    elif json.loads(record.read_text("utf-8")) != about:
+    elif about | json.loads(record.read_text("utf-8")) != about:  # what an earlier version did not say is not compared
         raise ValueError(f"{folder} holds students of other settings or losses: name another folder, or delete it")
     names = [(name, seed) for seed in settings.seeds for name in losses]
     return {steps: {(n, s): load(folder / f"{steps}" / f"{n}-{s}").to(device) for n, s in names} for steps in keep}
