@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -455,6 +456,8 @@ def train_teacher(run: Run, process: Process) -> Network:
             say(f"{folder}: the teacher diverged and is not kept; a smaller --teacher-lr trains another one")
             raise SystemExit(DIVERGED)
         if rank_and_world()[0] == 0:
+            if (folder / "student").exists():
+                shutil.rmtree(folder / "student")  # a preview, of a step that depends on when the run was killed
             student.ema.save(folder / "teacher")
         return student.ema
 

@@ -551,6 +551,15 @@ def test_processes_agree_on_the_step_at_which_they_stop(processes):
 
 
 @pytest.mark.usefixtures("_quick")
+def test_a_trained_teacher_leaves_no_preview_of_itself():
+    """The last one is of a step that depends on when the run was killed."""
+    few = ["--teacher-steps", "3", "--steps", "1", "--save-every", "1", "--preview-every", "1"]
+    run(*few, "--kd", "none", "--out", "runs/previewed")
+    folder = Path(teacher_settings(parse([*TINY, *few])).out)
+    assert (folder / "samples.png").exists() and (folder / "teacher").exists() and not (folder / "student").exists()
+
+
+@pytest.mark.usefixtures("_quick")
 def test_the_run_folder_of_an_earlier_version_goes_on(capsys):
     """As those before this file was written left it: a checkpoint of these keys, and a finished run's metrics."""
     run("--kd", "feat", "--prune", "0", "--out", "runs/before")
