@@ -82,8 +82,8 @@ class Network(nn.Module):
         remove = (channels - int(channels * (1 - ratio))) // groups
         return groups, 1, max(1, channels // groups - remove)
 
-    def narrowed(self, cut: "Network", ratio: float) -> "Network":
-        """An independent network of this kind with the weights of `cut`, a copy that torch-pruning made narrower."""
+    def narrowed(self, ratio: float) -> "Network":
+        """Of a copy that torch-pruning made narrower by `ratio`: a network that is built for these widths."""
         raise NotImplementedError
 
     def norms(self) -> dict[str, nn.GroupNorm]:
@@ -173,9 +173,7 @@ class Network(nn.Module):
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         contents = to_bytes(state, sealed(state)), f"{json.dumps(config, indent=1)}\n".encode()
         for name, content in zip(FILES, contents, strict=True):
-            for left in folder.glob(f".{name}.*.part"):  # by a process that was killed; one at a time saves here
-                left.unlink()
-            part = folder / f".{name}.{os.getpid()}.part"
+            part = folder / f".{name}.part"  # one process at a time saves here; what a killed one left is overwritten
             try:
                 with part.open("wb") as file:  # save_file would shut out all other users
                     file.write(content)
@@ -333,17 +331,15 @@ class UNet(Network):
         out_channels = in_channels if out_channels is None else out_channels
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.config = config
-        self.levels = levels = len(channel_mults)
+        self.config, self.levels = config, len(channel_mults)
         if not channel_mults or min(image_size, in_channels, out_channels, num_res_blocks, *channel_mults) < 1:
             raise ValueError("image_size, in_channels, out_channels, num_res_blocks and channel_mults must be positive")
         if channels < 4:
             raise ValueError(f"channels must be at least 4 (the time embedding needs two frequencies), not {channels}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-        if image_size % 2 ** (levels - 1):
-            raise ValueError(f"image_size {image_size} cannot be halved {levels - 1} times, once between two levels")
-
+        if image_size % 2 ** (halvings := self.levels - 1):
+            raise ValueError(f"image_size {image_size} cannot be halved {halvings} times, once between two levels")
         self.shape, d = (in_channels, image_size, image_size), 4 * channels
         self.temb = nn.Module()
         self.temb.dense = nn.ModuleList([nn.Linear(channels, d), nn.Linear(d, d)])
@@ -361,11 +357,11 @@ class UNet(Network):
 
         width, skips = channels, [channels]  # of what flows between the layers, and of what the way up will read
         self.down = nn.ModuleList()
-        for i in range(levels):
+        for i in range(self.levels):
             before, width = width, channels * channel_mults[i]
             self.down.append(level(i, [before, *[width] * (num_res_blocks - 1)]))
             skips += [width] * num_res_blocks
-            if i < levels - 1:
+            if i < self.levels - 1:
                 self.down[i].downsample = Downsample(width)
                 skips.append(width)
 
@@ -375,7 +371,7 @@ class UNet(Network):
         self.mid.block_2 = ResnetBlock(width, width, d, dropout)
 
         self.up = nn.ModuleList()
-        for i in reversed(range(levels)):
+        for i in reversed(range(self.levels)):
             before, width = width, channels * channel_mults[i]
             self.up.insert(0, level(i, [w + skips.pop() for w in [before, *[width] * num_res_blocks]]))
             if i > 0:
@@ -398,14 +394,12 @@ class UNet(Network):
                 raise ValueError(f"norm_groups: {name} has {cut}")
         self.config["norm_groups"] = norm_groups
 
-    def narrowed(self, cut: "UNet", ratio: float) -> "UNet":
-        widths = {name: cut.get_submodule(name).num_channels for name in self.norms()}
-        groups = {name: norm.num_groups for name, norm in self.norms().items()}
-        groups = {name: _groups(width, math.ceil(width / groups[name])) for name, width in widths.items()}
-        return self.like({**self.config, "norm_groups": _common(groups)}, cut.state_dict())
+    def narrowed(self, ratio: float) -> "UNet":
+        return regroup(self, group_widths(self))
 
     def with_groups(self, groups: dict[str, int]) -> "UNet":
-        return self.like({**self.config, "norm_groups": _common(groups)}, self.state_dict())
+        common = groups if len({*groups.values()}) > 1 else max(groups.values())  # one number if all have it
+        return self.like({**self.config, "norm_groups": common}, self.state_dict())
 
     @classmethod
     def empty(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "UNet":
@@ -708,21 +702,16 @@ def build(network: type[Network], config: dict[str, Any], state: dict[str, Tenso
 
     ValueError if the weights do not fit the config.
     """
-    check_sizes(config, state)
+    largest = max([10_000, *(size for tensor in state.values() for size in tensor.shape)])
+    for name, value in config.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not 0 <= number <= largest:  # it would fill the memory
+                raise ValueError(f"{name} is {number} in config.json, which does not fit the weights")
     with torch.device("meta"):
         net = network.empty(config, state)
     check_fit(net, state)
     net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return net
-
-
-def check_sizes(config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """ValueError for numbers that these weights cannot have: a network of such a size would fill the memory."""
-    largest = max([10_000, *(size for tensor in state.values() for size in tensor.shape)])
-    for name, value in config.items():
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int | float) and not 0 <= number <= largest:
-                raise ValueError(f"{name} is {number} in config.json, which does not fit the weights")
 
 
 def check_fit(net: nn.Module, state: dict[str, Tensor]) -> None:
@@ -736,8 +725,8 @@ def check_fit(net: nn.Module, state: dict[str, Tensor]) -> None:
         raise ValueError("; ".join(wrong[:3]) + more)
 
 
-def load_checkpoint(net: Network, path: str | os.PathLike) -> None:
-    """Fills `net` from a public checkpoint file; its device, dtype and mode stay.
+def load_checkpoint(net: Network, path: str | os.PathLike) -> Network:
+    """Fills `net` from a public checkpoint file, and returns it; its device, dtype and mode stay.
 
     OSError if the file cannot be opened; ValueError if it is damaged, holds pickled objects or no weights, or does not
     fit.
@@ -749,6 +738,7 @@ def load_checkpoint(net: Network, path: str | os.PathLike) -> None:
         settings = ", ".join(f"{name}={value!r}" for name, value in net.config.items())
         raise ValueError(f"{path} does not fit {type(net).__name__}({settings}): {error}") from error
     net.load_state_dict(state)
+    return net
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -856,7 +846,7 @@ def prune_channels(
             gone = lowest[..., None] * run + torch.arange(run)  # (g, n - stay, run)
             graph.get_pruning_group(root, prune, sorted(gone.flatten().tolist())).prune()
     cut.head = head
-    small = net.narrowed(cut, ratio)
+    small = cut.train(net.training).narrowed(ratio)  # tracing has put it into eval mode
     return small if norm_groups == "keep" else regroup(small, group_widths(net))
 
 
@@ -879,8 +869,8 @@ def regroup(net: Network, channels_per_group: int | dict[str, int]) -> Network:
 
 
 def group_widths(net: Network) -> dict[str, int]:
-    """{norm layer name: channels in each of its groups}."""
-    return {name: norm.num_channels // norm.num_groups for name, norm in net.norms().items()}
+    """{norm layer name: channels in each of its groups}, rounded up where pruning has left a remainder."""
+    return {name: math.ceil(norm.num_channels / norm.num_groups) for name, norm in net.norms().items()}
 
 
 def usual_groups(channels: int) -> int:
@@ -897,11 +887,6 @@ def lonely_norms(net: nn.Module) -> int:
 def _groups(width: int, channels_per_group: int) -> int:
     """Into how many groups of at least so many channels a norm of this width can be cut."""
     return next((width // k for k in range(channels_per_group, width) if width % k == 0), 1)
-
-
-def _common(groups: dict[str, int]) -> int | dict[str, int]:
-    """{norm layer name: groups}, or one number if all have it."""
-    return groups if len(set(groups.values())) > 1 else next(iter(groups.values()))
 
 
 def _scores(net: UNet, importance: str | Callable, seed: int) -> Callable[[Any], Tensor]:

@@ -397,7 +397,7 @@ def save_checkpoint(settings: Settings, students: list[Student], folder: Path, s
             torch.save({"step": steps, "settings": plain(settings), "data": images.about, "students": states}, file)
         machine.seal(part)
         if path.exists():
-            machine.rename_copy(path, former)
+            path.replace(former)
 
 
 def restore(student: Student, checkpoint: dict[str, Any], path: Path) -> None:

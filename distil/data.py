@@ -285,8 +285,12 @@ def _one_per_file(ask: Request) -> Images:
     missing = sorted(set(names) - set(os.listdir(labels)))
     if missing:
         raise FileNotFoundError(f"{labels / missing[0]} is missing, the label of {missing[0]} of the latents")
-    entry = _entry(ask, "labels", (shards.SHARD, labels, len(names), (features / names[-1]).stat().st_mtime_ns))
-    numbers = shards.numbers(entry, "labels", [labels / name for name in names])
+    file = _entry(ask, "labels", (labels, len(names), (features / names[-1]).stat().st_mtime_ns)) / "labels.npy"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        read = ThreadPoolExecutor().map(lambda name: shards.open_array(labels / name, None, check=False).item(), names)
+        shards.save_array(file, np.array([*read], np.int64))
+    numbers = np.array(shards.open_array(file, (len(names),)))
     shape = np.load(features / names[0], mmap_mode="r").shape[-4:]
     latents = shards.OnTheFly(names, numbers, lambda name: np.load(features / name).reshape(shape), shape, "float32")
     record = {"vae": None, "count": len(names), "size": list(shape[1:])}
@@ -492,18 +496,17 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches(
-    images: Images, batch: int, seed: int, start: int = 0, *, rows: slice = slice(None), pin: bool | None = None
+    images: Images, batch: int, seed: int, start: int = 0, *, rows: slice = slice(None)
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Images, (B, C, H, W) uint8 or (B, 2, C, H, W) float32, and their `conditions`, by the `batch_indices` of steps
     start, start + 1, ... without end. Threads fetch a few steps ahead until the generator is closed; what indexing
-    raises is raised at the step that it concerns. rows: the part of a batch that this rank sees. pin: in page-locked
-    memory, so that `.to(device, non_blocking=True)` overlaps; None: if there is a GPU."""
-    pin = torch.cuda.is_available() if pin is None else pin
+    raises is raised at the step that it concerns. rows: the part of a batch that this rank sees. Where there is a GPU
+    they lie in page-locked memory, so that `.to(device, non_blocking=True)` overlaps."""
 
     def fetch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = batch_indices(len(images.images), batch, step, seed)[rows]
         pixels, cond = torch.from_numpy(images.images[index]), images.conditions(index)
-        if pin:
+        if torch.cuda.is_available():
             pixels, cond = pixels.pin_memory(), {key: value.pin_memory() for key, value in cond.items()}
         return pixels, cond
 
@@ -531,8 +534,3 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"to_uint8 needs floats in [-1, 1], got {x.dtype}")
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def mirror(x: Tensor, which: Tensor) -> Tensor:
-    """Samples of x (B, C, H, W) mirrored left to right where `which` (B,) is true, the others as they are."""
-    return torch.where(which[:, None, None, None], x.flip(-1), x)

@@ -195,15 +195,6 @@ def reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def rename_copy(path: Path, other: Path) -> None:
-    """`other` becomes a second name of the file `path`, or where there is no such thing its only one."""
-    other.unlink(missing_ok=True)
-    try:
-        os.link(path, other)
-    except OSError:
-        os.replace(path, other)
-
-
 SEAL = re.compile(rb"sha256 ([0-9a-f]{64})\n")  # the last line of a sealed file
 SEAL_SIZE = 72  # bytes
 

@@ -89,10 +89,9 @@ def draw(
 
     pixels = pixels.to(device, non_blocking=True)
     mirrored = uniform() < 0.5 if flip else torch.zeros(len(pixels), dtype=torch.bool, device=device)  # (B,)
-    if pixels.dtype == torch.uint8:
-        x0 = data.mirror(data.to_float(pixels), mirrored) if flip else data.to_float(pixels)  # (B, C, H, W)
-    else:
-        x0 = pixels[torch.arange(len(pixels), device=device), mirrored.long()]  # (B, C, H, W)
+    if pixels.dtype == torch.uint8:  # of latents the mirror images are there
+        pixels = data.to_float(torch.stack([pixels, pixels.flip(-1)], dim=1))  # (B, 2, C, H, W)
+    x0 = pixels[torch.arange(len(pixels), device=device), mirrored.long()]  # (B, C, H, W)
     noise = torch.randn(settings.batch_size, *x0.shape[1:], generator=generator, device=device)[rows]  # (B, C, H, W)
     t = process.sample_t(settings.batch_size, generator=generator, device=device)[rows]  # (B,)
     cond = {key: cond[key].to(device, non_blocking=True) for key in net.conditions}
@@ -218,7 +217,7 @@ def open_network(name: str, settings: Settings) -> Opened | None:
         return None
     if Path(where).is_file():
         models.read_weights(Path(where))
-        return Opened(lambda images: from_file(new_network(settings, images), where))
+        return Opened(lambda images: load_checkpoint(new_network(settings, images), where))
     if Path(where).suffix in FILES:
         raise FileNotFoundError(f"{flag(name)} {where}: there is no such file")
     if where == "auto":
@@ -226,11 +225,6 @@ def open_network(name: str, settings: Settings) -> Opened | None:
         return Opened(lambda images: teachers.public_teacher(settings.dataset))
     net = teachers.load(where)
     return Opened(lambda images: net, net.shape[0])
-
-
-def from_file(net: Network, file: str) -> Network:
-    load_checkpoint(net, file)
-    return net
 
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of checkpoints
@@ -316,11 +310,9 @@ def check_steps(settings: Settings, teacher: Network | None, student: Network | 
         remedy = f"use --fold-steps {own.steps}, or another student"
         raise ValueError(f"{what} has {own.steps} timesteps, this run {process.steps}: {remedy}")
     t, (x0, noise) = torch.tensor(process.timesteps(process.steps)), torch.tensor([1.0, 2.0]).expand(own.steps, 2).T
-    if not all(torch.equal(getattr(own, of)(x0, noise, t), getattr(process, of)(x0, noise, t)) for of in SAME):
+    said = [(of.add_noise(x0, noise, t), of.target(x0, noise, t)) for of in (own, process)]
+    if not all(map(torch.equal, *said)):
         raise ValueError(f"{what} was trained for other noise at a timestep, or to predict something else than the run")
-
-
-SAME = ("add_noise", "target")  # what two processes have to agree on
 
 
 def open_vae(settings: Settings, images: data.Images, device: torch.device) -> text_to_image.Vae | None:

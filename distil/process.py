@@ -19,7 +19,7 @@ Sources: DDPM (arXiv 2006.11239), DDIM (2010.02502), learned variance (2102.0967
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -113,7 +113,7 @@ class Process:
     def sample(
         self, net: Net, shape: Sequence[int], steps: int | Sequence[Any] = 100,
         cond: dict[str, Tensor] | None = None, *, eta: float = 0.0, noise: Tensor | None = None,
-        generator: Source = None, progress: Callable[[Iterable], Iterable] | None = None,
+        generator: Source = None,
     ) -> Tensor:  # fmt: skip
         """Draws samples, from pure noise to an image, with `steps` evaluations of the network.
 
@@ -126,7 +126,6 @@ class Process:
             noise: the starting point, of `shape`; the same for several networks makes their samples comparable.
             generator: source of the starting noise and, with eta > 0, of each step's; a CPU one serves any device.
                 A list of them, one per sample, makes a sample independent of its batch.
-            progress: wraps the loop over steps, for instance `tqdm`.
 
         Raises:
             ValueError: `steps` outside 1 .. T or not falling, an `eta` that the process does not have, `noise` not of
@@ -137,8 +136,7 @@ class Process:
         if not times or any(t <= t_next for t, t_next in pairwise([*times, self.clean])) or times[0] > self.latest:
             raise ValueError(f"timesteps must fall, from at most {self.latest} to above {self.clean}, got {times}")
         x = _start(net, shape, noise, generator)  # (B, C, H, W)
-        pairs = list(zip(times, [*times[1:], self.clean], strict=True))
-        for t, t_next in pairs if progress is None else progress(pairs):
+        for t, t_next in pairwise([*times, self.clean]):
             output = net(x, torch.full(x.shape[:1], t, device=x.device), cond).float()
             if split(output, x.shape[1])[0].shape != x.shape:
                 raise ValueError(f"the network must predict the shape {tuple(x.shape)}, got {tuple(output.shape)}")

@@ -192,27 +192,6 @@ class Shards(Rows):
         return repr([machine.seal_of(path) or path.stat().st_size for path in self.paths]).encode()
 
 
-def number(file: Path) -> int:
-    """The one number in a .npy file."""
-    try:
-        return int(np.load(file).reshape(()))
-    except OSError:
-        raise
-    except Exception as error:
-        raise machine.Damaged(f"{file} holds no number ({type(error).__name__})") from error
-
-
-def numbers(entry: Path, name: str, files: Sequence[Path]) -> np.ndarray:
-    """The numbers (N,) int64 in as many .npy files: read once, then from the shards in `entry`."""
-    pool = ThreadPoolExecutor()
-
-    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: np.array([*pool.map(number, [files[row] for row in rows])])}
-
-    write_shards(entry, {name: ((), np.int64)}, len(files), read, batch=256, what=name)
-    return Shards(entry, name, (len(files),))[:]
-
-
 class Embeddings:
     """The embeddings of captions called `name`, indexed as an array: (B, *shape) bfloat16. `empty`, (*shape): that of
     the empty prompt. On disk lie the bits of the corner `stored` of `shape`; all outside of it is zero."""

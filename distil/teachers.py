@@ -59,11 +59,7 @@ def load(where: str | os.PathLike) -> Network:
             raise ValueError(f"it is a {kind}, of diffusers only {', '.join(FOREIGN)} can be read")
         weights = _weights(folder)
         if ours is None:
-            names = (".".join(OLD_NAMES.get(part, part) for part in name.split(".")) for name in weights)
-            state = {
-                name: weight.to(torch.float32, copy=True) for name, weight in zip(names, weights.values(), strict=True)
-            }
-            net = FOREIGN[kind].of(config, state)
+            net = FOREIGN[kind].of(config, {name: x.to(torch.float32, copy=True) for name, x in weights.items()})
         else:
             net = build(UNet, ours, _unet_names(weights, len(ours["channel_mults"])))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -114,14 +110,20 @@ def _process(file: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a diffusers folder, of one file or of the shards that its index names; never unpickled."""
+    """The weights in a diffusers folder, of one file or of the shards that its index names, by their names of today;
+    never unpickled."""
     for name in WEIGHTS:
-        if (folder / name).is_file():
-            return read_weights(folder / name)
-        if (index := folder / f"{name}.index.json").is_file():
-            shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
-            return {key: tensor for shard in shards for key, tensor in read_weights(folder / shard).items()}
+        files, index = [name], folder / f"{name}.index.json"
+        if not (folder / name).is_file() and index.is_file():
+            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        elif not (folder / name).is_file():
+            continue
+        found = {key: tensor for file in files for key, tensor in read_weights(folder / file).items()}
+        return {".".join(OLD_NAMES.get(part, part) for part in key.split(".")): found[key] for key in found}
     raise FileNotFoundError(f"{folder} has a config.json, but no {' and no '.join(WEIGHTS)}")
+
+
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
 
 
 def _from_hub(name: str) -> Path:
@@ -162,12 +164,8 @@ NAMES = (  # from diffusers' names to ddim's, one after the other; there the way
     (r"^(down|up)_blocks\.", r"\1."), (r"\.resnets\.", ".block."), (r"\.attentions\.", ".attn."),
     (r"\.(down|up)samplers\.0\.", r".\1sample."), (r"\.time_emb_proj\.", ".temb_proj."),
     (r"\.conv_shortcut\.", ".nin_shortcut."), (r"\.group_norm\.", ".norm."),
-    (r"\.(to_q|query)\.", ".q."), (r"\.(to_k|key)\.", ".k."),  # the second name is that of diffusers before 0.15
-    (r"\.(to_v|value)\.", ".v."), (r"\.(to_out\.0|proj_attn)\.", ".proj_out."),
+    (r"\.to_q\.", ".q."), (r"\.to_k\.", ".k."), (r"\.to_v\.", ".v."), (r"\.to_out\.0\.", ".proj_out."),
 )  # fmt: skip
-
-
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
 
 
 def _unet_config(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -269,8 +267,8 @@ class PixelUNet(Diffusers):
         groups = math.gcd(self._groups(), channels)
         return groups, 1, left.get(channels, channels) // groups
 
-    def narrowed(self, cut: Network, ratio: float) -> "PixelUNet":
-        left, state, config = self.widths_left(ratio), cut.net.state_dict(), dict(self.config)
+    def narrowed(self, ratio: float) -> "PixelUNet":
+        left, state, config = self.widths_left(ratio), self.net.state_dict(), dict(self.config)
         widths = config["block_out_channels"]
         config["block_out_channels"] = [left[width] for width in widths]
         if config["time_embedding_dim"] is not None:

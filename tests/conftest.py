@@ -1,4 +1,4 @@
-"""What several test files share: one thread, no hub, and tiny pipelines of Stable Diffusion with their latents.
+"""What several test files share: one thread, no hub, a small network, tiny pipelines of Stable Diffusion and latents.
 
 One thread for all tests and the processes that they start: networks so small would only wait for a second one.
 """
@@ -17,15 +17,36 @@ import pytest
 import torch
 from PIL import Image
 
+import models
+
+ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a", "ab", "a b", "c", "cab", "b a c", "bb", "ca"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FAMILIES = ("sd", "mmdit")
+SMALL = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
 
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The files with the longest single tests first, so that no process is left alone with them at the end."""
     slow = ("test_notebooks", "test_text_to_image", "test_train", "test_models")
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
+def a_unet(seed: int = 0, channels: int = 1, **changes) -> models.UNet:
+    """A small network for images of 8x8 pixels, in eval mode."""
+    torch.manual_seed(seed)
+    return models.UNet(8, channels, **{**SMALL, **changes}).eval()
+
+
+def same(a, b) -> bool:
+    """Whether nested dicts and lists of tensors are equal bit for bit; of networks, all their weights."""
+    if isinstance(a, torch.nn.Module):
+        return same(a.state_dict(), b.state_dict())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def an_image(i: int) -> Image.Image:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import a_unet, refused
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
@@ -21,12 +21,6 @@ from distil.settings import parse
 from models import DiT, Network, UNet, correct, fingerprint, statistics
 
 TIMES = [40, 400, 800]
-
-
-def unet(seed=0, channels=1):
-    torch.manual_seed(seed)
-    few = {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
-    return UNet(8, in_channels=channels, channels=16, **few).eval()
 
 
 def dit(seed=0, **options):
@@ -62,10 +56,10 @@ def planted(channels):
 
 
 CASES = {
-    "noise": (unet, DDPM, 1),
-    "colour": (lambda: unet(channels=3), DDPM, 3),
-    "v": (unet, lambda: DDPM(prediction="v"), 1),
-    "flow": (unet, RectifiedFlow, 1),
+    "noise": (a_unet, DDPM, 1),
+    "colour": (lambda: a_unet(channels=3), DDPM, 3),
+    "v": (a_unet, lambda: DDPM(prediction="v"), 1),
+    "flow": (a_unet, RectifiedFlow, 1),
     "classes and a variance": (dit, DDPM, 2),
 }
 
@@ -91,7 +85,7 @@ def test_the_fit_finds_the_line_that_was_planted(name):
 
 
 def test_it_is_the_least_squares_of_the_outputs():
-    student, teacher, x0, process = unet(), unet(1), images(40), DDPM()
+    student, teacher, x0, process = a_unet(), a_unet(1), images(40), DDPM()
     generator = torch.Generator().manual_seed(machine.hash_seed(0, 0))
     x_t = process.add_noise(x0, torch.randn(x0.shape, generator=generator), torch.full((40,), 400))
     with torch.no_grad():
@@ -106,8 +100,8 @@ def test_it_is_the_least_squares_of_the_outputs():
 
 
 def test_a_perfect_student_is_left_as_it_is():
-    student, x_t, t = unet(), images(6), torch.tensor([0, 40, 55, 400, 799, 999])
-    found = fit_calibration(student, unet(), DDPM(), images(), TIMES)
+    student, x_t, t = a_unet(), images(6), torch.tensor([0, 40, 55, 400, 799, 999])
+    found = fit_calibration(student, a_unet(), DDPM(), images(), TIMES)
     assert torch.equal(found.weights, torch.zeros(3, 1, 5, 2))
     assert torch.equal(Calibrated(student, found)(x_t, t), student(x_t, t))
 
@@ -125,7 +119,7 @@ def test_between_two_timesteps_the_weights_lie_on_the_line():
 
 
 def test_students_of_one_call_get_what_each_gets_alone():
-    students, arguments = [unet(1), unet(2)], (unet(), DDPM().fold(10), images(), [2, 9])
+    students, arguments = [a_unet(1), a_unet(2)], (a_unet(), DDPM().fold(10), images(), [2, 9])
     together = calibrate.fit_calibrations(students, *arguments)
     for student, found in zip(students, together, strict=True):
         alone = fit_calibration(student, *arguments)
@@ -152,7 +146,7 @@ def test_guidance_extrapolates_between_corrected_predictions():
 
 
 def test_a_calibrated_network_is_like_any_other():
-    for inner in (unet(), dit()):
+    for inner in (a_unet(), dit()):
         calibration = Calibration(torch.tensor([400.0]), planted(inner.shape[0])[:1], {})
         net = Calibrated(inner, calibration)
         inner.process = {"fold": 20}
@@ -167,7 +161,7 @@ def test_a_calibrated_network_is_like_any_other():
 
 
 def test_saved_and_loaded_bit_for_bit_and_off_by_one_word(tmp_path):
-    student, teacher, x, t = unet(), unet(1), images(4), torch.tensor([0, 100, 400, 900])
+    student, teacher, x, t = a_unet(), a_unet(1), images(4), torch.tensor([0, 100, 400, 900])
     student.save(tmp_path)
     assert type(calibrate.load(tmp_path)) is UNet
     found = fit_calibration(student, teacher, DDPM(), images(), TIMES, draws=1)
@@ -181,10 +175,10 @@ def test_saved_and_loaded_bit_for_bit_and_off_by_one_word(tmp_path):
 
 
 def test_a_calibration_of_other_weights_is_refused(tmp_path):
-    student = unet()
+    student = a_unet()
     student.save(tmp_path)
-    fit_calibration(student, unet(1), DDPM(), images(), TIMES, draws=1).save(tmp_path)
-    unet(2).save(tmp_path)
+    fit_calibration(student, a_unet(1), DDPM(), images(), TIMES, draws=1).save(tmp_path)
+    a_unet(2).save(tmp_path)
     with pytest.raises(ValueError, match="made for other weights: fit it again, or"):
         calibrate.load(tmp_path)
     (tmp_path / FILE).write_bytes(b"1234")
@@ -291,8 +285,8 @@ def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_pa
     assert len(inside.times) == 3  # as the run samples
     rows = np.linspace(0, 296, 10).round().astype(int)
     assert torch.equal(inside.x0, data.to_float(data.load("digits", split="test").images[rows]))
-    unet(1).save(tmp_path / "alone")
-    unet(2).save(tmp_path / "its teacher")
+    a_unet(1).save(tmp_path / "alone")
+    a_unet(2).save(tmp_path / "its teacher")
     for i in range(7):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     told = ["--teacher", str(tmp_path / "its teacher"), "--images", str(tmp_path)]
@@ -317,7 +311,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
 def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    unet().save("alone")
-    unet(channels=3).save("wide")
+    a_unet().save("alone")
+    a_unet(channels=3).save("wide")
     assert words in refused(calibrate.main, arguments, capsys)
     assert not [*tmp_path.glob(f"**/{FILE}")]

@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, utils
 
 from distil import data, shards
-from distil.data import Images, batch_indices, batches, load, mirror, to_float, to_uint8
+from distil.data import Images, batch_indices, batches, load, to_float, to_uint8
 from distil.shards import OnTheFly, Shards
 
 RNG = np.random.default_rng(0)
@@ -751,7 +751,7 @@ def test_prefetched_batches_are_the_batches(folder, read):
     images = read(folder)
     assert isinstance(images.images, Shards) and len(images.images.files) == 3
     before = threads()
-    stream = batches(images, 4, seed=3, start=2, rows=slice(1, 3), pin=False)
+    stream = batches(images, 4, seed=3, start=2, rows=slice(1, 3))
     for step in range(2, 12):
         pixels, _ = next(stream)
         assert pixels.dtype == torch.uint8
@@ -823,11 +823,3 @@ def test_pixels_go_to_floats_and_back():
     for convert, wrong, message in ((to_float, torch.zeros(2), "uint8"), (to_uint8, torch.tensor([1]), "floats")):
         with pytest.raises(ValueError, match=message):
             convert(wrong)
-
-
-def test_mirror_turns_the_named_samples_and_no_others():
-    x = torch.arange(3.0).expand(4, 2, 3, 3)
-    which = torch.tensor([True, False, False, True])
-    mirrored = mirror(x, which)
-    assert torch.equal(mirrored[which], x[which].flip(-1)) and not torch.equal(mirrored[which], x[which])
-    assert torch.equal(mirrored[~which], x[~which])

@@ -5,19 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import refused
+from conftest import a_unet, refused
 from PIL import Image
 
 from distil import doctor
 from distil.process import DDPM, RectifiedFlow
-from models import UNet, regroup
-
-
-def unet(seed=0):
-    torch.manual_seed(seed)
-    few = {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
-    return UNet(8, in_channels=1, channels=16, **few).eval()
+from models import regroup
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +29,9 @@ def asked(capsys, *arguments):
 
 
 def test_a_student_that_is_a_line_off_is_to_be_calibrated(capsys):
-    teacher = unet()
+    teacher = a_unet()
     teacher.save("teacher")
-    student = unet()
+    student = a_unet()
     student.conv_out.weight.data *= 0.5
     student.conv_out.bias.data += 0.3
     student.save("student")
@@ -55,7 +48,7 @@ def test_a_student_that_is_a_line_off_is_to_be_calibrated(capsys):
 
 
 def test_a_student_that_is_its_teacher_needs_nothing(capsys):
-    net = regroup(unet(), 1)
+    net = regroup(a_unet(), 1)
     net.save("teacher")
     net.save("student")
     out = asked(capsys, "student")
@@ -79,5 +72,5 @@ def test_the_sampler_multiplies_the_first_error():
 
 
 def test_bad_input_is_one_sentence(capsys):
-    unet().save("student")
+    a_unet().save("student")
     assert "student belongs to no run: give --teacher" in refused(doctor.main, ["student"], capsys)

@@ -11,17 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, a_unet
 from test_metrics import means
 from test_report import cells
 from test_report import metrics as a_metrics
-from test_sample import tiny
 
 from distil import data, evaluate, metrics, report, sample
 from distil.process import DDPM
 from distil.settings import Settings
 from models import DiT
 
-ROOT = Path(__file__).parents[1]
 FEW = ["--num", "12", "--dataset", "digits", "--sample-steps", "2", "--device", "cpu", "--real", "100"]
 
 
@@ -52,7 +51,7 @@ def measured(out, teacher, nets, process=None, **options):
 
 
 def test_teacher_and_students_are_scored_on_the_same_noise():
-    teacher, nets = tiny(0), [tiny(seed) for seed in range(1, 5)]
+    teacher, nets = a_unet(0), [a_unet(seed) for seed in range(1, 5)]
     found, _ = measured("run", teacher, nets, kd=("out", "place"), seeds=(0, 1), dropout=0.1)
     assert list(found) == ["settings", "machine", "protocol", "teacher", "students", "floor"]
     rows = [(row["method"], row["seed"], row["seconds"]) for row in found["students"]]
@@ -72,12 +71,12 @@ def test_teacher_and_students_are_scored_on_the_same_noise():
 
 def test_students_of_few_steps_stand_beside_their_teacher_in_as_many():
     folded = DDPM().fold(5, "last")
-    found, settings = measured("fold", tiny(0), [tiny(1)], folded, fold_steps=5, sample_steps=5, kd=("out",))
+    found, settings = measured("fold", a_unet(0), [a_unet(1)], folded, fold_steps=5, sample_steps=5, kd=("out",))
     assert settings.usual_steps == 50
     assert [row["method"] for row in found["same_steps"]] == ["teacher, 5 steps", "teacher, 5 folded"]
-    usual = sample.sample(tiny(0), DDPM(), 12, seed=0, steps=50, progress=False)
+    usual = sample.sample(a_unet(0), DDPM(), 12, seed=0, steps=50, progress=False)
     for row, steps in zip(found["same_steps"], (5, [999, 799, 599, 399, 199]), strict=True):
-        x = sample.sample(tiny(0), DDPM(), 12, seed=0, steps=steps, progress=False)
+        x = sample.sample(a_unet(0), DDPM(), 12, seed=0, steps=steps, progress=False)
         assert row["teacher_mse"] == metrics.score(x, usual, data.load("digits").images)["teacher_mse"] > 0
     assert "; teacher DDIM, 50 steps; others DDIM, 5 steps, eta 0; EMA" in found["protocol"]
     assert Path("fold/interpolations.png").is_file()
@@ -93,10 +92,10 @@ def test_networks_that_are_told_the_class():
 
 
 def test_a_run_that_is_not_evaluated_has_sizes_and_curves():
-    found, _ = measured("none", tiny(0), [tiny(1)], eval_samples=0, kd=("out",))
+    found, _ = measured("none", a_unet(0), [a_unet(1)], eval_samples=0, kd=("out",))
     assert found["protocol"] == "not evaluated" and "floor" not in found and len(found["teacher"]) == 2
     assert {path.name for path in Path("none").glob("*.png")} == {"curves.png", "samples.png"}  # 32 are drawn anyway
-    measured("bare", tiny(0), [tiny(1)], eval_samples=0, preview_every=0, kd=("out",))
+    measured("bare", a_unet(0), [a_unet(1)], eval_samples=0, preview_every=0, kd=("out",))
     assert [path.name for path in Path("bare").glob("*.png")] == ["curves.png"]
 
 
@@ -161,7 +160,7 @@ def test_runs_that_differ_stand_in_rows_of_their_own_with_shares_of_their_own_te
 
 
 def test_a_run_and_its_students_are_evaluated(capsys):
-    net = tiny()
+    net = a_unet()
     for name in ("out-0", "place-0"):
         net.save(f"runs/first/student/{name}")
     assert evaluate.main(["runs/first", *FEW], means) == 0
@@ -182,7 +181,7 @@ def test_a_run_and_its_students_are_evaluated(capsys):
 
 
 def test_images_are_scored_as_a_published_table_was(capsys):
-    tiny().save("net")
+    a_unet().save("net")
     real = data.load("digits").images[:120]
     np.savez("reference.npz", arr_0=real.transpose(0, 2, 3, 1))
     classes = torch.eye(16)
@@ -205,7 +204,7 @@ def test_images_are_scored_as_a_published_table_was(capsys):
 
 
 def test_two_processes_fill_one_file():
-    tiny().save("net")
+    a_unet().save("net")
     arguments = ["net", *FEW, "--num", "20", "--batch", "5"]
     assert evaluate.main([*arguments, "--out", "one"], means) == 0
     program = "import sys\nfrom distil import evaluate\n\n\ndef means(images):\n"
@@ -269,7 +268,7 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, words, pipelines, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny().save("net")
+    a_unet().save("net")
     if arguments[0] == "bad":
         arguments = [write_run("good", a_metrics()), write_run("bad", arguments[1])]
     with pytest.raises(SystemExit) as stopped:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_pruning
+from conftest import same
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -76,11 +77,6 @@ def sizes(net: UNet) -> dict[str, list[int]]:
             assert found[name] == [getattr(layer, f"in_{kind}"), getattr(layer, f"out_{kind}")]
             assert layer.bias.shape == (found[name][1],)
     return found
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -343,7 +339,7 @@ def test_new_weights_are_those_of_a_new_network(small, small_dit, labelled):
         for one in (net, again):
             torch.manual_seed(3)
             one.reset_parameters()
-        assert same_weights(net, again)
+        assert same(net, again)
         weights = [name for name, p in net.named_parameters() if p.ndim > 1 and p.requires_grad]
         assert not any(torch.equal(net.get_parameter(name), before.get_parameter(name)) for name in weights)
         if new is not None:
@@ -405,7 +401,7 @@ def test_magnitude_removes_exactly_the_channels_that_nobody_reads(small, batch):
     shapes = {name: p.shape for name, p in small.state_dict().items()}
     small.load_state_dict({name: inflate(p, shapes[name]) for name, p in half.state_dict().items()})
     pruned = prune_channels(small, 0.5)
-    assert pruned.config == half.config and same_weights(pruned, half)
+    assert pruned.config == half.config and same(pruned, half)
     # a group of pairs has the mean and variance of its halves, so nothing is lost
     assert relative(pruned(*batch), small(*batch)) < 1e-4
 
@@ -454,13 +450,13 @@ def test_prune_returns_an_independent_plain_network(small, batch, norm_groups, t
     with torch.no_grad():
         for p in student.parameters():
             p.zero_()
-    assert same_weights(small, before) and small.config == config and sizes(small) == sizes(before)
+    assert same(small, before) and small.config == config and sizes(small) == sizes(before)
     assert not any(module._forward_hooks for module in small.modules())
 
 
 def test_scale_differs_from_keep_in_the_config_only():
     keep, scale = lean(0.75), lean(0.75, norm_groups="scale")
-    assert same_weights(keep, scale)
+    assert same(keep, scale)
     assert {**keep.config, "norm_groups": 0} == {**scale.config, "norm_groups": 0}
     assert keep.norm_out.num_groups == keep.norm_out.num_channels == 8  # instance norm
     assert scale.norm_out.num_channels // scale.norm_out.num_groups == 4  # as before pruning
@@ -488,14 +484,14 @@ def test_the_ends_of_the_ratio(small, batch):
     least, all_of_it = prune_channels(small, 0.999), prune_channels(small, 0)
     assert sizes(least)["mid.attn_1.q"][1] == 1 and sizes(least)["norm_out"] == [8, 8]  # one channel in each group
     assert least(*batch).isfinite().all()
-    assert all_of_it is not small and same_weights(all_of_it, small) and all_of_it.config == small.config
+    assert all_of_it is not small and same(all_of_it, small) and all_of_it.config == small.config
     assert torch.equal(all_of_it(*batch), small(*batch))
 
 
 def test_random_importance_depends_on_the_seed_alone(small):
     state = torch.get_rng_state()
     again, other = (prune_channels(small, 0.5, "random", seed=seed) for seed in (0, 2))
-    assert same_weights(lean(0.5, "random"), again) and not same_weights(again, other)
+    assert same(lean(0.5, "random"), again) and not same(again, other)
     assert torch.equal(state, torch.get_rng_state())  # and leaves the global one alone
 
 
@@ -517,7 +513,7 @@ def test_regroup_keeps_the_weights_and_changes_the_function(batch):
     student = lean(0.7)  # two or more channels a group
     student.process = {"fold": 5}
     wide = regroup(student, 3)
-    assert same_weights(wide, student) and wide.process == {"fold": 5} and not wide.training
+    assert same(wide, student) and wide.process == {"fold": 5} and not wide.training
     assert {**wide.config, "norm_groups": 0} == {**student.config, "norm_groups": 0}
     own = group_widths(wide)
     assert regroup(student, own).config == wide.config
@@ -576,7 +572,7 @@ def test_saved_networks_come_back_bit_for_bit(small, batch, tmp_path):
             net.process = process
             net.save(folder)  # also over an older one
             again = load(folder)
-            assert again.config == net.config and same_weights(again, net) and not again.training
+            assert again.config == net.config and same(again, net) and not again.training
             assert again.process == process and sizes(again) == sizes(net)
             assert torch.equal(again(*batch), net(*batch)) and again.requires_grad_()
             assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -606,7 +602,7 @@ def test_folders_of_older_versions_load(batch, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(old))
         again = load(tmp_path)
         assert again.process == process and again.config == student.config
-        assert same_weights(again, student) and torch.equal(again(*batch), student(*batch))
+        assert same(again, student) and torch.equal(again(*batch), student(*batch))
         again.save(tmp_path / "new")
         assert load(tmp_path / "new").process == process
 
@@ -615,7 +611,7 @@ def test_a_pruned_network_takes_a_checkpoint_of_its_own_shapes_only(small, tmp_p
     student, other = lean(), lean(0.5, "random")
     torch.save(other.state_dict(), tmp_path / "student.pt")
     load_checkpoint(student, tmp_path / "student.pt")
-    assert same_weights(student, other)
+    assert same(student, other)
     torch.save(small.state_dict(), tmp_path / "teacher.pt")
     with pytest.raises(
         ValueError, match=r"UNet\(.*: temb\.dense\.0\.weight is \(64, 32\) by the config, but \(128, 32\)"
@@ -628,7 +624,7 @@ def test_a_save_that_fails_leaves_the_older_network_whole_and_a_cut_file_is_refu
     monkeypatch.setattr("models.json.dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lean().save(tmp_path)
-    assert same_weights(load(tmp_path), small)
+    assert same(load(tmp_path), small)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be loaded"):
@@ -776,12 +772,12 @@ def test_new_random_weights_are_those_of_a_new_network_of_the_same_seed():
         torch.manual_seed(5)
         net.reset_parameters()
         torch.manual_seed(5)
-        assert same_weights(net, make())
+        assert same(net, make())
 
 
 def test_what_a_killed_or_failed_save_left_is_removed(tmp_path, monkeypatch):
     net = UNet(8, 1, channels=8, channel_mults=(1,), norm_groups=4)
-    left = tmp_path / ".model.safetensors.1.part"
+    left = tmp_path / ".model.safetensors.part"
     left.write_bytes(b"half")
     net.save(tmp_path)
     assert not left.exists() and len(list(tmp_path.iterdir())) == 2

@@ -2,15 +2,14 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 from distil import data, metrics
 from notebooks import run
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 CELL_BUDGET = 120  # seconds, generous: at reduced size a cell takes a few
 each = pytest.mark.parametrize("name", NOTEBOOKS)

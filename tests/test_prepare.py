@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import a_unet, same
 from PIL import Image
 
 from distil import data, machine, prepare
@@ -39,22 +40,8 @@ def a_teacher(depth=6) -> DiT:
     return net.eval()
 
 
-def a_unet() -> UNet:
-    torch.manual_seed(0)
-    return UNet(8, 1, channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=8)
-
-
 def the_loss(output, batch):
     return (output[:, :4] - batch.target).square().mean()
-
-
-def state(net) -> list[torch.Tensor]:
-    return list(net.state_dict().values())
-
-
-def same(a, b) -> bool:
-    pairs = list(zip(state(a), state(b), strict=True))
-    return all(x.shape == y.shape for x, y in pairs) and all(torch.equal(x, y) for x, y in pairs)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -93,7 +80,7 @@ def test_a_step_sees_the_latents_of_images_and_mirror_images(monkeypatch):
     latents, settings = some_latents(), Settings(dataset="latents", data="x", batch_size=64, channels=24)
     net = prepare.new_network(settings, latents)
     assert (net.shape, net.num_classes, len(net.blocks)) == ((4, 8, 8), 2, 12)
-    pixels, cond = next(data.batches(latents, 64, 0, pin=False))
+    pixels, cond = next(data.batches(latents, 64, 0))
     batch = draw(settings, pixels, cond, DDPM(), net, 0, flip=True)
     sides = [[torch.equal(x, side) for side in pair] for x, pair in zip(batch.x0, pixels, strict=True)]
     assert all(a != b for a, b in sides) and 10 < sum(b for _, b in sides) < 54
@@ -332,8 +319,9 @@ def test_channels_are_drawn_or_measured():
     assert not same(first, second) and same(first, pruned("random")[0])
     nets = [first, pruned("magnitude")[0], pruned("taylor", taylor_steps=2)[0]]
     assert not any(same(a, b) for a, b in ((nets[0], nets[1]), (nets[1], nets[2]), (nets[0], nets[2])))
-    assert len({tuple(tuple(x.shape) for x in state(net)) for net in nets}) == 1
-    assert [len(x) for x in state(pruned("magnitude", norm_groups="scale")[0])] == [len(x) for x in state(first)]
+    assert len({tuple(tuple(x.shape) for x in net.parameters()) for net in nets}) == 1
+    scaled = pruned("magnitude", norm_groups="scale")[0]
+    assert [len(x) for x in scaled.parameters()] == [len(x) for x in first.parameters()]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +356,7 @@ def test_a_student_starts_as_the_settings_say(net):
     run = a_run(Settings(init="random"), data.load("digits"))
     drawn = [start_of(run, net, seed, {}) for seed in (0, 0, 1)]
     assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2]) and not same(drawn[0], net)
-    assert [x.shape for x in state(drawn[0])] == [x.shape for x in state(net)]
+    assert [x.shape for x in drawn[0].parameters()] == [x.shape for x in net.parameters()]
 
 
 @pytest.mark.parametrize(("prune", "depth", "count"), [(0.5, 14, 340_457_504), (0.75, 7, 173_121_440),

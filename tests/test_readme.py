@@ -16,12 +16,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 import train
 from distil import evaluate, sample, settings
 from models import UNet
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {page: page.read_text("utf-8") for page in [README, *sorted((ROOT / "docs").glob("*.md"))]}
 EVERYTHING = "\n".join(PAGES.values())

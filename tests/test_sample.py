@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import a_unet
 from PIL import Image
 from torch import nn
 
@@ -21,12 +22,6 @@ SETTINGS = {"seed": 3, "steps": 4, "eta": 0.0}
 @pytest.fixture(autouse=True)
 def _inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    few = {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
-    return UNet(8, in_channels=1, channels=16, norm_groups=8, **few).eval()
 
 
 def a_dit(classes):
@@ -93,12 +88,12 @@ def test_samples_do_not_depend_on_the_batch(eta):
     assert all(torch.equal(draw(Halver(), 10, batch, eta=eta), whole) for batch in (1, 3, 64))
     assert torch.equal(draw(Halver(), 4, 4, eta=eta), whole[:4])
     assert not torch.equal(draw(Halver(), 10, 10, seed=4, eta=eta), whole)
-    images = [draw(tiny(), 6, batch, eta=eta) for batch in (2, 6)]
+    images = [draw(a_unet(), 6, batch, eta=eta) for batch in (2, 6)]
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_are_those_of_the_process_from_the_start_noise():
-    net, noise = tiny(), sample.start_noise(5, SHAPE, 3)
+    net, noise = a_unet(), sample.start_noise(5, SHAPE, 3)
     for process, steps in ((DDPM(), 4), (RectifiedFlow(), 3), (DDPM(), [900, 500, 20]), (DDPM().fold(7), 7)):
         expected = process.sample(net, noise.shape, steps, noise=noise)
         assert torch.equal(sample.sample(net, process, 5, seed=3, steps=steps, progress=False), expected)
@@ -133,15 +128,15 @@ def test_a_batch_that_does_not_fit_is_halved():
         if size > 6:
             raise torch.OutOfMemoryError
 
-    halved = draw(Wrapped(tiny(), before), 23, batch=16)
+    halved = draw(Wrapped(a_unet(), before), 23, batch=16)
     assert sizes[:2] == [16, 8] and max(sizes[2:]) == 4
-    torch.testing.assert_close(halved, draw(tiny(), 23, batch=16), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(halved, draw(a_unet(), 23, batch=16), rtol=1e-4, atol=1e-4)
 
     def never(size):
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        draw(Wrapped(tiny(), never), 2, 2)
+        draw(Wrapped(a_unet(), never), 2, 2)
 
 
 def test_decoded_shows_latents_evenly_spaced():
@@ -168,7 +163,7 @@ def sampled(folder, net, n=23, through=None, batch=5, **settings):
 
 
 def test_a_killed_sampling_goes_on_where_it_stopped():
-    net, calls = tiny(), []
+    net, calls = a_unet(), []
     whole, _ = sampled("whole", net)
 
     def kill(size):
@@ -188,21 +183,21 @@ def test_a_killed_sampling_goes_on_where_it_stopped():
 
 
 def test_samples_of_other_settings_are_refused_and_left_alone():
-    net = tiny()
+    net = a_unet()
     sampled("samples", net)
     before = Path("samples/samples.npy").read_bytes()
     for changed, words in (({"steps": 5}, "steps was 4, is 5"), ({"n": 24}, "n was 23, is 24")):
         with pytest.raises(ValueError, match=words):
             sampled("samples", net, **changed)
     with pytest.raises(ValueError, match="weights was"):
-        sampled("samples", tiny(1))
+        sampled("samples", a_unet(1))
     assert Path("samples/samples.npy").read_bytes() == before
     with pytest.raises(OSError, match="GB"):
         sample.open_samples("huge", net, 10**12, (3, 256, 256))
 
 
 def test_samples_that_were_cut_off_are_refused(tmp_path):
-    folder, net = tmp_path / "cut", tiny()
+    folder, net = tmp_path / "cut", a_unet()
     sample.open_samples(folder, net, 8, SHAPE)
     for name in ("samples.npy", "done.npy"):
         content = (folder / name).read_bytes()
@@ -219,7 +214,7 @@ def test_images_that_are_not_finite_are_marked():
         def forward(self, x_t, t, cond=None):
             return torch.where(x_t[:, :1, :1, :1] > 0, math.nan, x_t * self.scale)
 
-    images, done = sampled("diverged", tiny(), through=Diverging())
+    images, done = sampled("diverged", a_unet(), through=Diverging())
     assert set(done) == {1, 2} and (images[done == 2] == 128).all()
 
 
@@ -229,7 +224,7 @@ def test_images_that_are_not_finite_are_marked():
 def a_run(folder, **settings):
     """A finished run as far as sampling looks at it: two students and its settings."""
     for i, name in enumerate(("out-0", "place-0")):
-        tiny(i).save(f"{folder}/student/{name}")
+        a_unet(i).save(f"{folder}/student/{name}")
     config = {"kd": ["out", "place"], "sample_steps": 3, "eta": 0.0, "teacher": "train"} | settings
     Path(folder, "config.json").write_text(json.dumps(config))
     return str(folder)
@@ -241,7 +236,7 @@ def test_images_of_the_students_of_a_run(capsys):
     names = ["first-out-0", "first-place-0", "samples.png"]
     assert sorted(path.name for path in Path("images").iterdir()) == names
     images = np.stack([np.asarray(Image.open(f"images/first-out-0/{i:05d}.png")) for i in range(5)])  # (5, 8, 8)
-    expected = sample.sample(tiny(0), DDPM(), 5, seed=0, steps=3, progress=False)
+    expected = sample.sample(a_unet(0), DDPM(), 5, seed=0, steps=3, progress=False)
     assert (images == sample.visible(expected)[:, 0]).all()
 
     assert list(sample.open_networks([Path("runs/first/student")])) == ["first-out-0", "first-place-0"]
@@ -250,7 +245,7 @@ def test_images_of_the_students_of_a_run(capsys):
 
 
 def test_a_student_of_few_steps_is_sampled_in_them():
-    net = tiny()
+    net = a_unet()
     net.process = {"fold": [10, 200, 900]}
     net.save("net")
     sample.main(["net", "--num", "4", "--out", "images"])
@@ -272,7 +267,7 @@ def test_flags_come_before_the_run_and_runs_have_to_agree():
         sample.sampler_of(runs, sample.Flags())
     found = sample.sampler_of(runs, sample.Flags(eta=0.25))
     assert (found.eta, found.sample_steps, found.spacing, found.guidance) == (0.25, 7, "leading", 1.0)
-    tiny().save("net")
+    a_unet().save("net")
     assert sample.sampler_of([Path("net")], sample.Flags()).process == "ddpm"
 
 
@@ -311,10 +306,10 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, pipelines, capsys):
-    tiny().save("net")
+    a_unet().save("net")
     UNet(16, in_channels=1, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("large")
     UNet(8, in_channels=4, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("latents")
-    few = tiny()
+    few = a_unet()
     few.process = {"fold": [0, 300, 600]}
     few.save("few")
     Path("empty.txt").write_text("\n")

@@ -3,15 +3,13 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import lift_place
 from distil import data, evaluate, prepare, process, settings, students
 from distil.settings import PRESETS, Settings, parse, plain, preset
-
-ROOT = Path(__file__).parents[1]
 
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 """A network in training: features and their losses, adapters, precision, weight average, what a checkpoint keeps."""
 
 import copy
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from conftest import a_unet as small_unet
+from conftest import same
 
 import train
 from distil.settings import Settings
@@ -22,16 +25,11 @@ from distil.students import (
     tap,
     tap_like,
 )
-from models import DiT, UNet, prune_channels, prune_depth
+from models import DiT, prune_channels, prune_depth
 
 CPU = torch.device("cpu")
+a_unet = functools.partial(small_unet, attention_resolutions=(4,))
 X, T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 500])
-
-
-def a_unet(**changes) -> UNet:
-    torch.manual_seed(0)
-    config = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
-    return UNet(8, 1, **{**config, "norm_groups": 8, **changes})
 
 
 def a_dit(depth: int) -> DiT:
@@ -42,15 +40,6 @@ def a_dit(depth: int) -> DiT:
 def a_student(method: str, net=None, teacher=None, **changes) -> Student:
     settings = Settings(kd=(method,), **changes)
     return Student(settings, train.resolve(settings, method), settings.seeds[0], net or a_unet(), teacher)
-
-
-def equal(a, b) -> bool:
-    """Nested dicts and lists of tensors, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------
@@ -68,9 +57,9 @@ def test_features_are_the_outputs_of_the_named_layers_in_the_order_in_which_they
         layer.register_forward_hook(note)
     tapped = Tapped(net)
     output, features = predict(tapped, X, T, {})
-    assert order == tapped.names and len(order) == 14 and equal(features, outputs)
-    assert equal(output, net(X, T))
-    assert equal(Tapped(net, tapped.names[::-1])(X, T)[1], features[::-1]) and predict(net, X, T, {})[1] == []
+    assert order == tapped.names and len(order) == 14 and same(features, outputs)
+    assert same(output, net(X, T))
+    assert same(Tapped(net, tapped.names[::-1])(X, T)[1], features[::-1]) and predict(net, X, T, {})[1] == []
     with pytest.raises(AttributeError, match="nothing"):
         Tapped(net, ["mid.nothing"])
     with pytest.raises(ValueError, match="3 widths"):
@@ -91,10 +80,10 @@ def test_forwards_do_not_disturb_each_other():
         inner.append(tapped(2 * X, T)[1])
 
     handle = net.mid.attn_1.register_forward_hook(once_more)  # a forward within a forward
-    assert equal(tapped(X, T)[1], expected) and not equal(inner[0], expected)
+    assert same(tapped(X, T)[1], expected) and not same(inner[0], expected)
     twin = copy.deepcopy(tapped)
     torch.nn.init.zeros_(twin.net.conv_in.weight)
-    assert not equal(twin(X, T)[1], expected) and equal(tapped(X, T)[1], expected)
+    assert not same(twin(X, T)[1], expected) and same(tapped(X, T)[1], expected)
 
 
 def test_a_tapped_network_compiles_in_one_graph():
@@ -208,8 +197,8 @@ def test_a_state_brings_everything_back_and_has_the_keys_of_earlier_checkpoints(
     assert list(state) == ["seconds", "bad", "stopped", "module", "ema", "optimizer", "scaler"]
     assert {name.split(".")[0] for name in state["module"]} == {"net", "adapters"}
     torch.save(state, tmp_path / "state.pt")
-    assert not equal(other.state(), state)
+    assert not same(other.state(), state)
     other.restore(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert equal(other.state(), state) and other.name == "feat-1"
+    assert same(other.state(), state) and other.name == "feat-1"
     adapters = [a_student("feat", a_unet(), tapped, seeds=(seed,)).model.adapters[0].weight for seed in (0, 0, 1)]
-    assert equal(adapters[0], adapters[1]) and not equal(adapters[0], adapters[2])  # drawn from the student's seed
+    assert same(adapters[0], adapters[1]) and not same(adapters[0], adapters[2])  # drawn from the student's seed

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, LETTERS, refused
+from conftest import FAMILIES, LETTERS, ROOT, refused, same
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -31,7 +31,6 @@ from models import UNet, prune_depth
 diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 train = pytest.importorskip("train")
 
-ROOT = Path(__file__).parents[1]
 SD1 = {
     "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8,
     "cross_attention_dim": 768,
@@ -77,11 +76,6 @@ def a_batch(net, b=2):
     sizes = {"text": (5, 12), "pooled": (10,)}
     cond = {name: torch.randn(b, *sizes[name], generator=generator) for name in net.conditions}
     return torch.randn(b, 4, 8, 8, generator=generator), torch.linspace(1, 900, b), cond
-
-
-def same_weights(a, b) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 # ---- the call --------------------------------------------------------------------------------------------------------
@@ -179,7 +173,7 @@ def test_students_compute_what_the_teacher_does_without_the_removed_layers(size,
     torch.testing.assert_close(ours, without(teacher, size)(x, t, cond), rtol=1e-5, atol=1e-5)
     assert (ours - full).abs().max() > 0.1
     student.save(tmp_path)
-    assert same_weights(load(tmp_path), student)
+    assert same(load(tmp_path), student)
     own = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
     torch.testing.assert_close(own(x, t, cond["text"]).sample, ours, rtol=1e-5, atol=1e-5)
     half = bk_sdm(a_unet().bfloat16().train(), size)
@@ -207,7 +201,7 @@ def test_any_blocks_compute_what_diffusers_computes_when_it_skips_the_others(set
         assert [block.context_pre_only for block in student.blocks] == [False] * (len(keep) - 1) + [True]
         student.save(tmp_path)
         again = load(tmp_path)
-        assert same_weights(again, student)
+        assert same(again, student)
         for p in student.parameters():
             p.data.zero_()
     assert again.config["num_layers"] == 4 and all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
@@ -311,18 +305,18 @@ def test_networks_come_back_bit_for_bit_from_folders_and_pipelines(make, tmp_pat
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
     for folder in (tmp_path, tmp_path / net.folder):
         again = load(folder)
-        assert type(again) is type(net) and same_weights(again, net) and not again.training
+        assert type(again) is type(net) and same(again, net) and not again.training
         assert json.dumps(again.config) == json.dumps(net.config)
     monkeypatch.setattr(type(net.net), "to_json_string", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # the older network stays whole
         make(sample_size=4).save(tmp_path / net.folder)
-    assert same_weights(load(tmp_path), net) and len(list((tmp_path / net.folder).iterdir())) == 2
+    assert same(load(tmp_path), net) and len(list((tmp_path / net.folder).iterdir())) == 2
 
 
 def test_weights_in_several_files_are_read(tmp_path):
     net = an_mmdit()
     net.net.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1 and same_weights(load(tmp_path), net)
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1 and same(load(tmp_path), net)
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
@@ -407,7 +401,7 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     assert not (tmp_path / "alone" / "student").exists() and trained(alone) == 0
     places = (run / "student" / "place-0", tmp_path / "alone" / "student", pipelines[family])
     student, again, teacher = (load(place) for place in places)
-    assert same_weights(student, again) and student.config == again.config
+    assert same(student, again) and student.config == again.config
 
     assert json.loads((run / "config.json").read_text())["vae"] == str(pipelines[family])  # as the latents say
     found, sizes = json.loads((run / "metrics.json").read_text()), [metrics.parameters(x) for x in (student, teacher)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, SMALL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,13 +30,11 @@ from distil.sample import start_noise
 from distil.settings import METHODS, Settings, parse, plain
 from distil.students import Student, feature_loss, masked_feature_loss, mean_feature_loss
 
-ROOT = Path(__file__).parents[1]
 # a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
 TINY = ["--channels", "16", "--teacher-steps", "3", "--prune", "0.5", "--steps", "6",
         "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
         "--preview-every", "0", "--device", "cpu"]  # fmt: skip
 FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
-SMALL = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
 
 
 @pytest.fixture(scope="module")
