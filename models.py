@@ -133,7 +133,8 @@ class Network(nn.Module):
 
     def set_dropout(self, p: float) -> None:
         """The dropout of all layers that have one."""
-        self.config.update({"dropout": p} if "dropout" in self.config else {})
+        if "dropout" in self.config:
+            self.config["dropout"] = p
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p

@@ -268,7 +268,7 @@ def update(settings: Settings, student: Student, at: int, loss: Tensor) -> Tenso
     for group in optimizer.param_groups:
         group["lr"] = settings.lr * lr_factor(settings, at)
     scaler.unscale_(optimizer)
-    norm = student.clip(settings.clip or math.inf)
+    norm = student.norm(student.net.parameters(), settings.clip or math.inf)  # its adapters are not clipped
     student.advance(loss, norm)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

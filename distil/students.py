@@ -202,10 +202,6 @@ class Student:
         """Gradients of several processes are averaged once, in the backward pass of the last part of a batch."""
         return contextlib.nullcontext() if last or self.parallel is self.model else self.parallel.no_sync()
 
-    def clip(self, limit: float) -> Tensor:
-        """Clips the gradient of the network, not of its adapters. Returns its norm before that, ()."""
-        return self.norm(self.net.parameters(), limit)
-
     def norm(self, weights: Iterable[Tensor], limit: float) -> Tensor:
         """The norm of their gradient, (), which is clipped to the limit."""
         return nn.utils.clip_grad_norm_(weights, limit)

@@ -1,4 +1,4 @@
-"""distil/metrics.py against independent implementations, closed forms and the published sizes."""
+"""distil/metrics.py against independent implementations and closed forms."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from conftest import Trap
 from PIL import Image
 
 from distil import data, metrics
-from models import DiT, UNet
+from models import DiT
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,10 @@ def means(images):
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_published_sizes_of_celeba():
-    net = UNet(64, channels=128, channel_mults=(1, 2, 2, 2, 4), num_res_blocks=2, attention_resolutions=(16,))
-    assert metrics.parameters(net) == 78_700_803
-    assert metrics.macs(net) == 23_922_959_232
-    assert metrics.macs(net, (3, 32, 32)) < metrics.macs(net) / 3.9
-    assert {p.device.type for p in net.parameters()} == {"cpu"} and net.training
-
-
-def test_macs_of_a_transformer_count_its_attention():
+def test_macs_of_a_transformer_count_its_attention_and_leave_it_as_it_is():
     net = DiT(8, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)
     assert metrics.macs(net) == 637_480 + 3 * 2 * 16**2 * 32  # 16 tokens of width 32 in three blocks
+    assert {p.device.type for p in net.parameters()} == {"cpu"} and net.training
 
 
 # ---- Frechet distance ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from conftest import a_unet, same
 from PIL import Image
 
 from distil import data, machine, prepare
+from distil.metrics import parameters
 from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
 from distil.process import DDPM
 from distil.settings import DEPTH_METHODS, OPEN, Settings, parse, plain
@@ -236,11 +237,7 @@ def test_the_size_of_a_run_on_a_folder_follows_the_device_and_the_number_of_imag
     assert prepare.sized(Settings(), cuda) == Settings()
     teacher, student = prepare.sketch(small, prepare.pretended(small))
     assert (len(student.conv_in.weight), student.conv_in.weight.device.type) == (4, "meta")  # of 32
-    assert 0.01 < count(student) / count(teacher) < 0.02
-
-
-def count(net) -> int:
-    return sum(p.numel() for p in net.parameters())
+    assert 0.01 < parameters(student) / parameters(teacher) < 0.02
 
 
 def test_a_dry_run_says_what_there_is_and_what_is_missing(tmp_path, monkeypatch):
@@ -367,7 +364,7 @@ def test_the_students_of_table_3_have_their_published_size(prune, depth, count):
     with torch.device("meta"):
         teacher = prepare.new_network(settings, latents)
     (student,) = smaller(a_run(settings, latents), teacher, DDPM(), None)
-    assert len(student.blocks) == depth and sum(p.numel() for p in student.parameters()) == count
+    assert len(student.blocks) == depth and parameters(student) == count
 
 
 # ---- What an earlier run left ----------------------------------------------------------------------------------------
