@@ -382,7 +382,7 @@ def save_students(settings: Settings, nets: dict[str, Network]) -> list[Path]:
 def save_checkpoint(settings: Settings, students: list[Student], folder: Path, steps: int, images: data.Images) -> None:
     """Write checkpoint.pt: plain tensors and numbers, and keep the one before as checkpoint.prev.pt.
 
-    A kill at any moment leaves the old one or the new one. OSError where the disk is full, or weights are not finite.
+    A kill at any moment leaves one of the two whole. OSError where the disk is full, or weights are not finite.
     """
     states = {student.name: student.state() for student in students}
     if rank_and_world()[0] > 0:

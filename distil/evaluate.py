@@ -81,8 +81,7 @@ def measure(
     samples = {name: draw(name, way) for name, way in ways.items()}  # (n, C, H, W) each
     found["teacher"] |= score(samples["teacher"])
     others = [{"method": name, **sizes(teacher), **score(samples[name])} for name in ways if name != "teacher"]
-    if others:
-        found["same_steps"] = others
+    found |= {"same_steps": others} if others else {}
     if held_out is not None:
         labels = torch.from_numpy(held_out.labels) if "y" in told else None
         found["floor"] = metrics.score(data.to_float(held_out.images), None, real, classifier, labels)
