@@ -44,16 +44,20 @@ from models import UNet, prune_channels
 
 Row = dict[str, Any]
 Cases = dict[str, Callable[[], Any]]
+Section = Callable[[Any], Iterable[Row]]  # answers a question, which its docstring asks, row by row
 
 # ---- How it is measured ----------------------------------------------------------------------------------------------
 
 
-def seconds(cases: Cases, repeat: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every case, `repeat` times, taking turns; what comes first in a turn moves on by one each time."""
+def seconds(cases: Cases, repeat: int, device: torch.device, limit: float = math.inf) -> dict[str, list[float]]:
+    """Seconds of every case, `repeat` times, taking turns; what comes first in a turn moves on by one each time.
+    limit: seconds after which no further turn begins."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
+    names, start = list(cases), time.perf_counter()
     for turn in range(repeat + 1):  # the first one warms up
+        if turn > 1 and time.perf_counter() - start > limit:
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             wait()
@@ -63,10 +67,6 @@ def seconds(cases: Cases, repeat: int, device: torch.device) -> dict[str, list[f
             if turn > 0:
                 times[name].append(time.perf_counter() - began)
     return times
-
-
-def medians(cases: Cases, repeat: int, device: torch.device) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in seconds(cases, repeat, device).items()}
 
 
 def peak_bytes(case: Callable[[], Any], device: torch.device) -> int:
@@ -93,6 +93,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 # ---- What is measured ------------------------------------------------------------------------------------------------
 
 
+TINY = {"channels": 32, "norm_groups": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": ()}
+
+
 class Setup:
     """The device, the networks and the batch of a run of this file."""
 
@@ -101,14 +104,25 @@ class Setup:
         self.quick, self.compile = options.quick, options.compile
         self.gpu = self.device.type == "cuda"
         self.repeat = options.repeat or (1 if self.quick else 30 if self.gpu else 5)
+        self.limit = 20.0 if self.gpu else math.inf  # seconds of a comparison: that of large batches needs fewer turns
         self.size, self.batch = (16, 2) if self.quick else (64, 96 if self.gpu else 8)
-        sizes = {"channels": 64, "channel_mults": (1, 2), "num_res_blocks": 1} if self.quick else {}
         torch.manual_seed(0)
-        teacher = machine.on_device(UNet(self.size, dropout=0.1, **sizes), self.device)
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = self.new_teacher()
         self.tapped, self.process = Tapped(self.teacher), DDPM()
         self.pixels = torch.randint(0, 256, (4 * self.batch, 3, self.size, self.size), dtype=torch.uint8)
         self.authors = None if options.official is None else authors(options.official)
+
+    def new_teacher(self) -> UNet:
+        """The paper's for CelebA."""
+        net = machine.on_device(UNet(self.size, dropout=0.1, **(TINY if self.quick else {})), self.device)
+        return net.eval().requires_grad_(False)
+
+    def seconds(self, cases: Cases, turns: float = 1.0) -> dict[str, list[float]]:
+        """Those of every case; turns: in multiples of `repeat`."""
+        return seconds(cases, max(1, int(turns * self.repeat)), self.device, self.limit)
+
+    def medians(self, cases: Cases, turns: float = 1.0) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.seconds(cases, turns).items()}
 
     def settings(self, **changes: Any) -> Settings:
         """Those of the paper's CelebA student at 90 %."""
@@ -192,31 +206,52 @@ def their_network(b: Setup, net: UNet) -> nn.Module:
 
 # ---- The questions: each function answers one, row by row ------------------------------------------------------------
 
+
+def formula(student: Tensor, teacher: Tensor, sort: bool = True, k: int = 16, eps: float = 1e-7) -> Tensor:
+    """LIFT, or sorted PLACE, as their formulas read, in the constants of the authors' U-Nets: nothing is rearranged,
+    nothing is done by hand. What the others are held against where the authors' code is not at hand."""
+    s, t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
+    if sort:
+        order = (t - s).square().argsort(-1)  # (B, C, N)
+        s, t = (x.gather(-1, order).unflatten(-1, (-1, k)) for x in (s, t))  # (B, C, G, K)
+    s_mean, t_mean = s.mean(-1, keepdim=True), t.mean(-1, keepdim=True)
+    b1 = ((s - s_mean) * (t - t_mean)).mean(-1, keepdim=True) / ((s - s_mean).square().mean(-1, keepdim=True) + eps)
+    b0 = t_mean - b1 * s_mean
+    coarse = b0.abs().mean() + (b1 - 1).abs().mean()
+    fine = (t - b0.detach() - b1.detach() * s).square().mean()
+    return (coarse + (1 - coarse.clamp(max=1)).detach() * fine) * student[0].numel()
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda s, t: nn.functional.mse_loss(s, t) * s[0].numel(),
     "lift": lambda s, t: fast_loss.lift(s, t, reduction="sum").loss,
     "place": lambda s, t: fast_loss.place(s, t, reduction="sum").loss,
     "lift (plain)": lambda s, t: lift_place.lift(s, t, reduction="sum").loss,
     "place (plain)": lambda s, t: lift_place.place(s, t, reduction="sum").loss,
+    "lift (formula)": partial(formula, sort=False),
+    "place (formula)": formula,
 }
 
 
 def loss(b: Setup) -> Iterable[Row]:
     """Forward and backward of the losses alone, float32, K = 16; peak: memory beyond the two inputs."""
-    for shape in [(2, 3, 16, 16)] if b.quick else [(16, 3, 64, 64), (8, 16, 128, 128)]:
+    shapes = [(16, 3, 64, 64), (8, 16, 128, 128)] + [(96, 3, 64, 64)] * b.gpu
+    for shape in [(2, 3, 16, 16)] if b.quick else shapes:
         pair, losses, l1 = outputs(shape, b.device), dict(LOSSES), SimpleNamespace(use_l2=False)
         if b.authors:
             losses["authors' lift"] = partial(b.authors.losses.imp_regression_constraint_loss_LIFT, args=l1)
             losses["authors' place"] = partial(b.authors.losses.LIFT_PLACE, args=l1)
         cases = {name: backward(function, *pair) for name, function in losses.items()}
-        took = medians(cases, 5 * b.repeat, b.device)
+        took = b.medians(cases, 5)
         peak = {name: peak_bytes(case, b.device) for name, case in cases.items()}
         for name in cases:
             row = {"shape": "x".join(map(str, shape)), "loss": name}
             row |= {"ms": 1e3 * took[name], "peak_MiB": peak[name] / 2**20}
-            theirs = f"authors' {name.removesuffix(' (plain)')}"
-            if theirs in cases:
-                row |= {"time_vs_authors": took[name] / took[theirs], "memory_vs_authors": peak[name] / peak[theirs]}
+            kind = name.split()[0]
+            for base, theirs in (("formula", f"{kind} (formula)"), ("authors", f"authors' {kind}")):
+                if theirs in cases:
+                    row |= {f"time_vs_{base}": took[name] / took[theirs]}
+                    row |= {f"memory_vs_{base}": peak[name] / peak[theirs]}
             yield row
 
 
@@ -255,7 +290,7 @@ def step(b: Setup) -> Iterable[Row]:
         gflop[f"matrix product, {precision}"] = 2e-9 * n**3
     if b.authors:
         cases["authors' step, fp32"] = authors_step(b)
-    took = medians(cases, b.repeat, b.device)
+    took = b.medians(cases)
     for name in cases:
         row = {"what": name, "batch": b.batch, "s": took[name]}
         if name in gflop:
@@ -270,7 +305,7 @@ def students(b: Setup) -> Iterable[Row]:
     settings = b.settings()
     group = [b.student(settings, seed=seed) for seed in range(2 if b.quick else 6)]
     cases = {n: partial(b.step, group[:n], settings) for n in range(1, len(group) + 1)}
-    took = medians(cases, max(1, b.repeat // 2), b.device)
+    took = b.medians(cases, 0.5)
     for n in cases:
         yield {"students": n, "s_per_step": took[n], "vs_n_runs": took[n] / (n * took[1])}
 
@@ -279,7 +314,7 @@ def growth(b: Setup) -> Iterable[Row]:
     """PLACE over image sizes, the step over batch sizes; p: time and memory grow as size^p over the last three rows."""
     sizes = (8, 16, 32) if b.quick else (8, 16, 32, 64, 128, 256)
     cases = {n: backward(LOSSES["place"], *outputs((4, 3, n, n), b.device)) for n in sizes}
-    took = medians(cases, 3 * b.repeat, b.device)
+    took = b.medians(cases, 3)
     peak = {n: peak_bytes(cases[n], b.device) for n in sizes}
     rows = [{"what": f"place, 4x3x{n}x{n}", "ms": 1e3 * took[n], "peak_MiB": peak[n] / 2**20} for n in sizes]
     last = [12 * n * n for n in sizes[-3:]]
@@ -289,7 +324,7 @@ def growth(b: Setup) -> Iterable[Row]:
     batches = (1, 2) if b.quick else tuple(b.batch * 2**i // 8 for i in range(5))
     student = b.student(b.settings())
     cases = {n: partial(b.step, [student], b.settings(batch_size=n)) for n in batches}
-    took = medians(cases, max(1, b.repeat // 2), b.device)
+    took = b.medians(cases, 0.5)
     rows = [{"what": f"step, batch {n}", "ms": 1e3 * took[n]} for n in batches]
     rows[-1]["p_time"] = exponent(batches[-3:], [took[n] for n in batches[-3:]])
     yield from rows
@@ -297,16 +332,16 @@ def growth(b: Setup) -> Iterable[Row]:
 
 def sampling(b: Setup) -> Iterable[Row]:
     """Images per second of DDIM with 100 steps (a few are timed), float32 on a CPU and bfloat16 on a GPU."""
-    steps = 1 if b.quick else 20 if b.gpu else 2
+    steps = 1 if b.quick else 5 if b.gpu else 2
     nets = {"teacher": b.teacher} | {f"{p:.0%} pruned": b.pruned(p).eval() for p in (0.3, 0.5, 0.7, 0.9)}
     counts = {name: macs(net) for name, net in nets.items()}
     for net in nets.values() if b.compile else ():
         net.compile()
-    for batch in (1,) if b.quick else (1, 4, 16, 64, 256) if b.gpu else (1, 4, 16):
+    for batch in (1,) if b.quick else (1, 4, 16, 64, 256, 1024) if b.gpu else (1, 4, 16):
         noise = torch.randn(batch, 3, b.size, b.size, device=b.device)
         cases = {n: partial(b.process.sample, net, noise.shape, steps, noise=noise) for n, net in nets.items()}
         with autocast(b.settings(), b.device):
-            took = medians(cases, max(1, b.repeat // 2), b.device)
+            took = b.medians(cases, 0.5)
         for name in nets:
             row = {"network": name, "batch": batch, "images_per_s": batch / took[name] * steps / 100}
             row |= {"gmacs": counts[name] / 1e9, "macs_ratio": counts["teacher"] / counts[name]}
@@ -317,7 +352,7 @@ def startup(b: Setup) -> Iterable[Row]:
     """Seconds until the command line answers."""
     commands = {"python -c 'import torch'": ["-c", "import torch"], "python train.py --help": ["train.py", "--help"]}
     run = partial(subprocess.run, cwd=Path(__file__).parents[1], check=True, capture_output=True)
-    took = medians({name: partial(run, [sys.executable, *c]) for name, c in commands.items()}, b.repeat, b.device)
+    took = b.medians({name: partial(run, [sys.executable, *c]) for name, c in commands.items()})
     yield from ({"command": name, "s": took[name]} for name in commands)
 
 
@@ -325,9 +360,9 @@ def overhead(b: Setup) -> Iterable[Row]:
     """What PLACE adds to a step of plain output distillation: of each turn, and the two losses alone over that step."""
     settings = b.settings(lambda_feat=0)
     group = {method: b.student(settings, method) for method in ("out", "place")}
-    took = seconds({name: partial(b.step, [one], settings) for name, one in group.items()}, 2 * b.repeat, b.device)
+    took = b.seconds({name: partial(b.step, [one], settings) for name, one in group.items()}, 2)
     pair = outputs((b.batch, 3, b.size, b.size), b.device)
-    alone = medians({name: backward(LOSSES[name], *pair) for name in ("mse", "place")}, 10 * b.repeat, b.device)
+    alone = b.medians({name: backward(LOSSES[name], *pair) for name in ("mse", "place")}, 10)
     out = statistics.median(took["out"])
     turns = [place / out - 1 for out, place in zip(took["out"], took["place"], strict=True)]
     row = {"what": "step, turn by turn", "out_s": out, "place_s": statistics.median(took["place"])}
@@ -354,7 +389,32 @@ def table(rows: list[Row]) -> str:
 
 
 def shown(name: str, section: Row) -> str:
-    return f"{name}: {section['what']}\n\n{table(section['rows'])}"
+    parts = [f"{name}: {section['what']}", table(section["rows"]) if section["rows"] else "", section.get("error", "")]
+    return "\n\n".join(filter(None, parts))
+
+
+def measure(b: Any, sections: dict[str, Section], result: Row, path: Path) -> bool:
+    """Answers the questions that `result` does not hold yet, prints their tables and writes all to `path` after each.
+    One that fails, for memory or a missing library, is kept with its error and the next one begins. Whether all are
+    answered."""
+    for name, section in sections.items():
+        if "error" not in result["sections"].get(name, {"error": ""}):
+            continue
+        began, found = time.perf_counter(), {"what": " ".join(section.__doc__.split()), "rows": []}
+        try:
+            found["rows"].extend(section(b))
+        except Exception as error:
+            found["error"] = sentence(error)
+        result["sections"][name] = found
+        result["seconds"] = round(result.get("seconds", 0) + time.perf_counter() - began)
+        print(f"\n{shown(name, found)}", flush=True)
+        machine.write_json(path, result, indent=1)  # after every section: a run may be cut short
+    return not any("error" in section for section in result["sections"].values())
+
+
+def sentence(error: Exception) -> str:
+    """An error in one line; in JSON it stands in the place of numbers."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def saved(path: Path) -> str:
@@ -388,20 +448,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         b = Setup(options)
-    began, path = time.perf_counter(), Path(options.out)
+    path = Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {key: value for key, value in vars(options).items() if key not in ("official", "out")}
     result: Row = {"machine": machine.describe(), "options": about, "official": bool(b.authors), "sections": {}}
     if b.authors is None:
         print("no --official DIR: nothing to compare with the authors' code")
-    for name in options.only:
-        section = {"what": SECTIONS[name].__doc__, "rows": list(SECTIONS[name](b))}
-        print(f"\n{shown(name, section)}", flush=True)
-        result["sections"][name] = section
-        result["seconds"] = round(time.perf_counter() - began)
-        machine.write_json(path, result, indent=1)  # after every section: a run may be cut short
+    done = measure(b, {name: SECTIONS[name] for name in options.only}, result, path)
     print(f"\n{result['seconds']} s; all numbers: {path}")
-    return 0
+    return 0 if done else 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, refused
 
+import lift_place
 from benchmarks import bench
 
 PAGES = "\n".join(page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
@@ -40,7 +41,7 @@ def test_a_quick_run_prints_every_table_and_writes_all_numbers(tmp_path, capsys)
         numbers = [value for row in section["rows"] for value in row.values() if not isinstance(value, str)]
         assert torch.tensor(numbers).isfinite().all()
     losses = [row["loss"] for row in result["sections"]["loss"]["rows"]]
-    assert losses == ["mse", "lift", "place", "lift (plain)", "place (plain)"]
+    assert losses == ["mse", *(f"{kind}{how}" for how in ("", " (plain)", " (formula)") for kind in ("lift", "place"))]
 
 
 def test_what_cannot_be_compared_with_is_refused_in_one_line(tmp_path, capsys):
@@ -92,6 +93,25 @@ def test_the_peak_counts_what_is_held_at_once():
 
     assert bench.peak_bytes(at_once, CPU) == pytest.approx(4 * 2**20, rel=0.01)
     assert bench.peak_bytes(one_after_the_other, CPU) == pytest.approx(2**20, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["lift", "place"])
+def test_the_formula_is_the_loss_with_the_constants_of_the_release(kind):
+    found = []
+    for function in (
+        bench.LOSSES[f"{kind} (formula)"],
+        lambda s, t: getattr(lift_place, kind)(s, t, reduction="sum", ridge=0.0).loss,
+    ):
+        student, teacher = bench.outputs((2, 3, 16, 16), CPU)
+        loss = function(student.double(), teacher.double())
+        found.append([loss.detach(), *torch.autograd.grad(loss, student)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_time_limit_ends_the_turns_but_the_first():
+    seen = []
+    times = bench.seconds({"a": lambda: seen.append("a")}, 9, CPU, limit=0.0)
+    assert seen == ["a", "a"] and len(times["a"]) == 1
 
 
 def test_cases_take_turns_after_one_turn_to_warm_up():
