@@ -491,7 +491,8 @@ def distil(run: Run) -> dict[str, Any] | None:
         return run.metrics
     if run.teacher is None:
         say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
-    of_time = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "timesteps": settings.timesteps}
+    of_time = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "timesteps": settings.timesteps,
+               "sampler": settings.sampler}  # fmt: skip
     teacher = run.teacher or train_teacher(run, make_process(settings.process, **of_time))
     process = process_of(teacher, settings.process, **of_time)
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients

@@ -141,7 +141,8 @@ def teacher_ways(settings: Settings, teacher: Network, process: Process) -> dict
     """How the teacher is sampled: in its usual number of steps; in as many as the students have (plain DDIM, what one
     would do instead); where these have other timesteps than the teacher, at those of the teacher that theirs stand for.
     """
-    own, steps = process_of(teacher, settings.process, settings.spacing, settings.clip_x0), settings.sample_steps
+    options = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "sampler": settings.sampler}
+    own, steps = process_of(teacher, settings.process, **options), settings.sample_steps
     usual = min(settings.usual_steps, own.steps)
     ways = {"teacher": Way(teacher, own, usual)}
     if steps != usual:
@@ -207,7 +208,7 @@ PROTOCOLS = {
     "celeba": {"num": 49_984, "dataset": "celeba", "real": 162_770, "mode": "legacy_pytorch"},
     "lsun_bedroom": {"num": 4_992, "dataset": "lsun_bedroom", "mode": "legacy_pytorch"},
     "coco": {"num": 30_000, "dataset": "folder", "mode": "legacy_pytorch", "resize": 256, "sample_steps": 25,
-             "guidance": 7.5},
+             "guidance": 7.5, "sampler": "pndm"},
     "imagenet": {"num": 50_000, "mode": "torch_fidelity", "k": 3, "sample_steps": 250, "eta": 1.0, "guidance": 1.5},
 }  # fmt: skip
 

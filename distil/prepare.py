@@ -295,6 +295,8 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
 def check_steps(settings: Settings, teacher: Network | None, student: Network | None) -> None:
     """ValueError where the timesteps of the run, of its teacher and of a given student do not go together."""
     process = make_process(settings.process) if teacher is None else process_of(teacher, settings.process)
+    if teacher is not None:
+        process_of(teacher, settings.process, sampler=settings.sampler)  # refuses a sampler of other predictions
     if settings.fold_steps is not None:
         try:
             process = process.fold(settings.fold_steps, settings.fold_end)
@@ -458,8 +460,8 @@ def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
     if not all(isinstance(metrics.get(key), kind) for key, kind in kinds.items()):
         raise Damaged(f"{path} is not what train.py writes: {remedy}")
     refuse_other_settings(settings, metrics["settings"], path)
-    now = plain(settings)
-    return metrics if all(metrics["settings"].get(name) == now[name] for name in EVALUATION) else None
+    now, former = plain(settings), {**once(metrics["settings"]), **metrics["settings"]}
+    return metrics if all(former.get(name) == now[name] for name in EVALUATION) else None
 
 
 def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path) -> None:

@@ -20,7 +20,7 @@ Sources: DDPM (arXiv 2006.11239), DDIM (2010.02502), learned variance (2102.0967
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distil import machine
 from distil.settings import PROCESSES, SPACINGS, TIMESTEPS
 
 Net = Callable[[Tensor, Tensor, dict[str, Tensor] | None], Tensor]
@@ -132,16 +133,22 @@ class Process:
                 `shape`, or a network whose output is neither of `shape` nor, with a variance, of twice the channels.
         """
         self.check_eta(eta)
-        times = self.timesteps(steps) if isinstance(steps, int) else list(steps)
-        if not times or any(t <= t_next for t, t_next in pairwise([*times, self.clean])) or times[0] > self.latest:
-            raise ValueError(f"timesteps must fall, from at most {self.latest} to above {self.clean}, got {times}")
+        plan = self._plan(steps, eta, generator)
         x = _start(net, shape, noise, generator)  # (B, C, H, W)
-        for t, t_next in pairwise([*times, self.clean]):
+        for t, advance in plan:
             output = net(x, torch.full(x.shape[:1], t, device=x.device), cond).float()
             if split(output, x.shape[1])[0].shape != x.shape:
                 raise ValueError(f"the network must predict the shape {tuple(x.shape)}, got {tuple(output.shape)}")
-            x = self.step(x, output, t, t_next, eta, generator)
+            x = advance(x, output)
         return x
+
+    def _plan(self, steps: int | Sequence[Any], eta: float, generator: Source) -> list[tuple[Any, Callable]]:
+        """The times at which the network is asked, each with what makes the next x of x and its output."""
+        times = self.timesteps(steps) if isinstance(steps, int) else list(steps)
+        if not times or any(t <= t_next for t, t_next in pairwise([*times, self.clean])) or times[0] > self.latest:
+            raise ValueError(f"timesteps must fall, from at most {self.latest} to above {self.clean}, got {times}")
+        advance = partial(self.step, eta=eta, generator=generator)
+        return [(t, partial(advance, t=t, t_next=t_next)) for t, t_next in pairwise([*times, self.clean])]
 
 
 def _betas(alpha_bar: Tensor) -> Tensor:
@@ -367,6 +374,40 @@ class DDPM(Process):
         return x + (0.5 * (low + (v + 1) / 2 * (high - low))).exp() * noise
 
 
+class PNDM(DDPM):
+    """DDPM, sampled by diffusers' PNDMScheduler as pipelines of Stable Diffusion 1 and 2 are: a linear multistep method
+    (arXiv 2202.09778) that asks the network once more than it has steps. ImportError without diffusers."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.sampler = "PNDM"
+        if self.prediction == "x0":
+            raise ValueError("PNDM samples networks that predict noise or v, not x0: use DDIM")
+        self._scheduler(2)  # refuses where diffusers is missing
+
+    def _scheduler(self, steps: int) -> Any:
+        scheduler = machine.library("diffusers", "PNDM", '-e ".[sd]"').PNDMScheduler(
+            self.steps, trained_betas=self.betas.numpy(), skip_prk_steps=True, steps_offset=1,
+            prediction_type={"noise": "epsilon", "v": "v_prediction"}[self.prediction],
+        )  # fmt: skip
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def check_eta(self, eta: float) -> None:
+        if eta != 0 or self.clip_x0:
+            raise ValueError("PNDM samples without new noise and without clamping: use it with eta 0 and no clip_x0")
+
+    def _plan(self, steps: int | Sequence[Any], eta: float, generator: Source) -> list[tuple[Any, Callable]]:
+        if not isinstance(steps, int) or not 1 < steps < self.steps:
+            raise ValueError(f"PNDM takes a number of 2 to {self.steps - 1} steps, got {steps}")
+        scheduler = self._scheduler(steps)
+
+        def advance(x: Tensor, output: Tensor, t: Tensor) -> Tensor:
+            return scheduler.step(split(output, x.shape[1])[0], t, x).prev_sample
+
+        return [(int(t), partial(advance, t=t)) for t in scheduler.timesteps]
+
+
 class RectifiedFlow(Process):
     """Velocity prediction on straight lines from data to noise, z_s = (1 - s) x0 + s noise, sampled by Euler steps.
 
@@ -468,28 +509,30 @@ def _start(net: Net, shape: Sequence[int], noise: Tensor | None, generator: Sour
 
 def make_process(
     name: str = "ddpm", fold: int | Sequence[int] | None = None, spacing: str = "leading", clip_x0: bool = False,
-    timesteps: str = "antithetic", **arguments: Any,
+    timesteps: str = "antithetic", sampler: str = "ddim", **arguments: Any,
 ) -> Process:  # fmt: skip
     """The process of that name in `settings.PROCESSES`, with other `arguments` where they are given.
 
-    fold, spacing, clip_x0, timesteps: of DDPM, a flow leaves them aside. A folded process knows its own timesteps
-    alone: `phi` is the identity.
+    fold, spacing, clip_x0, timesteps, sampler: of DDPM, a flow leaves them aside. A folded process knows its own
+    timesteps alone: `phi` is the identity.
     """
     kind, usual = PROCESSES[name]
     if kind == "flow":
         return RectifiedFlow(**{**usual, **arguments})
-    process = DDPM(**{**usual, **arguments}, spacing=spacing, clip_x0=clip_x0, timesteps=timesteps)
+    kind = {"ddim": DDPM, "pndm": PNDM}[sampler]
+    process = kind(**{**usual, **arguments}, spacing=spacing, clip_x0=clip_x0, timesteps=timesteps)
     if fold is not None:
         process = process.fold(fold)
         process.index = torch.arange(process.steps)
     return process
 
 
-def process_of(net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False,
-               timesteps: str = "antithetic") -> Process:  # fmt: skip
-    """The process as this network knows it (`net.process`). name: of networks that do not say."""
-    options = {"name": name, "spacing": spacing, "clip_x0": clip_x0, "timesteps": timesteps}
-    return make_process(**{**options, **net.process})
+def process_of(
+    net: nn.Module, name: str = "ddpm", spacing: str = "leading", clip_x0: bool = False, **options: str
+) -> Process:
+    """The process as this network knows it (`net.process`). name: of networks that do not say; options: as of
+    `make_process`."""
+    return make_process(**{"name": name, "spacing": spacing, "clip_x0": clip_x0, **options, **net.process})
 
 
 def fold_of(net: nn.Module, folded: Process) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
         return [*several, export_snippet(source, where, settings["teacher"])]
     name, spacing = settings.get("process") or "ddpm", settings.get("spacing") or "leading"
     known = "" if (name, spacing) == ("ddpm", "leading") else f", {name!r}, {spacing!r}"
-    known += ", clip_x0=True" * bool(settings.get("clip_x0"))
+    known += ", clip_x0=True" * bool(settings.get("clip_x0")) + ", sampler='pndm'" * (settings.get("sampler") == "pndm")
     options = f"seed=0, steps={settings.get('sample_steps') or 100}"
     if "num_classes" in config:
         options += f", guidance={settings['guidance']:g}, cond=sample.classes_in_turn(net, 16)"

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from distil import calibrate, data, machine, shards, teachers
 from distil.process import Guided, Process, process_of
-from distil.settings import PROCESSES, SEED, Parser, check_fields, flag, option
+from distil.settings import PROCESSES, SAMPLERS, SEED, SPACINGS, Parser, check_fields, flag, option
 from distil.text_to_image import TextEncoder, Vae
 from models import Network, fingerprint
 
@@ -147,7 +147,7 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
     if world > 1:
         dist.barrier()
     again = "remove its folder and give the same command again"
-    former = machine.read_json(folder / "samples.json", again)
+    former = {"sampler": "ddim", **machine.read_json(folder / "samples.json", again)}  # once the only one
     changes = [f"{key} was {former.get(key)}, is {new}" for key, new in record.items() if former.get(key) != new]
     if changes:
         raise ValueError(f"{folder} holds other samples ({', '.join(changes)}): give these settings or another --out")
@@ -173,7 +173,7 @@ def fill(images: np.ndarray, done: np.ndarray, net: Network, process: Process, *
 # ---- What this command and evaluate's share: flags, networks, prompts ------------------------------------------------
 
 # What the config.json of a run says of its sampler, and the value where neither a flag nor a run says anything.
-SAMPLER = {"sample_steps": None, "eta": 0.0, "spacing": "leading", "clip_x0": False, "guidance": 1.0,
+SAMPLER = {"sampler": "ddim", "sample_steps": None, "eta": 0.0, "spacing": "leading", "clip_x0": False, "guidance": 1.0,
            "process": "ddpm", "vae": None, "teacher": None}  # fmt: skip
 
 
@@ -183,9 +183,10 @@ class Flags:
 
     num: int | None = option(None, "images of each network; 16, or one for each prompt", int, low=1)
     seed: int = option(0, "of the starting noise", int, **SEED)
-    sample_steps: int | None = option(None, "DDIM steps; as the run's, else 100 or all that there are", int, low=1)
+    sampler: str | None = option(None, "DDIM or diffusers' PNDM; as the run's", choices=SAMPLERS)
+    sample_steps: int | None = option(None, "its steps; as the run's, else 100 or all that there are", int, low=1)
     eta: float | None = option(None, "DDIM eta, 0 deterministic, 1 ancestral; as the run's", float, low=0, high=1)
-    spacing: str | None = option(None, "of the timesteps; as the run's", choices=("leading", "linspace"))
+    spacing: str | None = option(None, "of the timesteps; as the run's", choices=SPACINGS)
     clip_x0: bool | None = option(None, "clamp the predicted image at every step; as the run did", bool)
     guidance: float | None = option(None, "scale of classifier-free guidance, 1: none; as the run's", float)
     process: str | None = option(None, "what networks predict; as the run's", choices=tuple(PROCESSES))
@@ -298,7 +299,8 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     count = flags.num or len(given) or 16
     prompts = [given[i % len(given)] for i in range(count)] if given else []
     vae, shape = open_vae(flags.vae, first.shape, device)
-    processes = {name: process_of(net, flags.process, flags.spacing, flags.clip_x0) for name, net in nets.items()}
+    how = {"spacing": flags.spacing, "clip_x0": flags.clip_x0, "sampler": flags.sampler}
+    processes = {name: process_of(net, flags.process, **how) for name, net in nets.items()}
     steps = flags.sample_steps or min(100, *(process.steps for process in processes.values()))
     for process in processes.values():  # these refuse what the process does not have
         process.timesteps(steps)
@@ -310,7 +312,7 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     fast = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     bf16 = (flags.precision or fast) == "bf16"
     options = {"seed": flags.seed, "steps": steps, "eta": flags.eta, "guidance": flags.guidance, "bf16": bf16}
-    record = {**options, "spacing": flags.spacing, "clip_x0": flags.clip_x0, **(vae.record if vae else {})}
+    record = {**options, **how, **(vae.record if vae else {})}
     if text is not None:
         record |= {"process": flags.process, "prompts": given[:count], **text.record}
     options |= {"vae": vae, "batch": flags.batch, "device": device, "progress": machine.rank_and_world()[0] == 0}

@@ -62,6 +62,7 @@ SD_STUDENTS: dict[str, tuple[int, ...] | None] = {
     "base": None, "small": None, "tiny": None, "C_base": (256, 512, 1024, 1024), "C_small": (224, 448, 896, 896),
     "C_tiny": (192, 384, 768, 768), "C_micro": (160, 320, 640, 640), "C_extreme": (128, 256, 512, 512),
 }  # fmt: skip
+SAMPLERS = ("ddim", "pndm")  # of DDPM
 TIMESTEPS = ("antithetic", "uniform")  # of a training batch of DDPM
 WEIGHTS = ("adaptive", "constant", "linear", "cosine", "learned")  # w: schedules of lift_place.py, and a parameter
 PRECISIONS = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -80,7 +81,7 @@ PAPER = {
     "importance": "taylor", "depth_method": "uniform", "depth_steps": 1000, "init": "teacher", "caption_dropout": 0.0,
     "eval_samples": 0, "sample_steps": 100, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "clip_x0": False,
     "norm_groups": "keep", "ema_warmup": False, "timesteps": "antithetic",
-    "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128,
+    "sampler": "ddim", "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128,
 }  # fmt: skip
 CELEBA = PAPER | {
     "dataset": "celeba",
@@ -103,7 +104,7 @@ IMAGENET = TINYFUSION | {"dataset": "imagenet", "image_size": 256, "batch_size":
 BK_SDM = PAPER | {"dataset": "latents", "arch": "sd", "process": "sd", "constants": "bk-sdm", "batch_size": 128,
                   "steps": 50_000, "lr": 5e-5, "weight_decay": 1e-2, "dropout": 0.0, "lambda_feat": 1.0,
                   "caption_dropout": 0.1, "sample_steps": 25, "guidance": 7.5, "timesteps": "uniform",
-                  "ema_warmup": True}  # fmt: skip
+                  "ema_warmup": True, "sampler": "pndm"}  # fmt: skip
 # The demos keep what decides the paper's effect: GroupNorm that pruning turned into instance norm, the reductions, the
 # lambdas, clip 1.0; how long and how fast they learn fits a CPU.
 DIGITS = {"dataset": "digits", "image_size": 8, "warmup": 50, "decay": "cosine", "lr_end": 0.0, "ema": 0.99,
@@ -157,7 +158,7 @@ PRESETS: list[dict[str, Any]] = [
                   "channels": 384, "network": {"depth": 12, "num_heads": 6}},  # DiT-S/2
     BK_SDM | {"prune": 1.0},
     BK_SDM | {"prune": 1.0, "arch": "mmdit", "process": "sd3", "constants": "tinyfusion", "lambda_diff": 0.1,
-              "lambda_out": 0.9, "lambda_feat": 1e-2, "sample_steps": 28, "guidance": 7.0},
+              "lambda_out": 0.9, "lambda_feat": 1e-2, "sample_steps": 28, "guidance": 7.0, "sampler": "ddim"},
 ]  # fmt: skip
 
 # What --fold-steps changes in a line: SFDDM has no term for the data. Of its published settings only that of CIFAR-10
@@ -284,7 +285,8 @@ class Settings:
     eval_samples: int | None = option(
         None, "images to sample from every student, 0: no evaluation", int, low=0, high=10**7
     )
-    sample_steps: int | None = option(None, "DDIM steps", int, low=1, high=1024)
+    sampler: str | None = option(None, "of DDPM: DDIM, or diffusers' PNDM; a flow has its own", choices=SAMPLERS)
+    sample_steps: int | None = option(None, "its steps", int, low=1, high=1024)
     eta: float | None = option(None, "DDIM eta: 0 deterministic, 1 ancestral DDPM", float, low=0, high=1)
     spacing: str | None = option(None, "of the sampler: as ddim's, DiT's, ddim's for CIFAR-10", choices=SPACINGS)
     clip_x0: bool | None = option(None, "clamp the predicted image at every step; the paper does not", bool)
@@ -311,7 +313,7 @@ class Settings:
         if known and self.arch in (None, *known):
             row = preset(self.dataset, self.prune, self.arch, self.fold_steps)
             if self.process in PROCESSES and PROCESSES[self.process][0] == "flow":
-                row = row | {"eta": 0.0, "clip_x0": False}  # a flow is sampled without new noise, and not clamped
+                row = row | {"eta": 0.0, "clip_x0": False, "sampler": "ddim"}  # a flow has nothing of all this
             if self.student is not None:
                 row = row | {"norm_groups": "keep"}  # they are what they are, unless they are to be changed
             for name, value in row.items():
@@ -349,10 +351,12 @@ class Settings:
         for name in ("kd", "seeds"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{flag(name)} takes one or more values, each named once")
-        if self.is_flow and (self.eta > 0 or self.fold_steps is not None or self.clip_x0):
+        if self.is_flow and (self.eta > 0 or self.fold_steps is not None or self.clip_x0 or self.sampler != "ddim"):
             raise ValueError(
-                f"--eta, --clip-x0 and --fold-steps are of DDPM's sampler, --process {self.process} has none of it"
+                f"--eta, --clip-x0, --sampler and --fold-steps are of DDPM, --process {self.process} has none of it"
             )
+        if self.sampler == "pndm" and (self.eta > 0 or self.fold_steps is not None or self.clip_x0):
+            raise ValueError("--sampler pndm goes without --eta, --fold-steps and --clip-x0: use --sampler ddim")
         arch = ARCHS[self.arch]
         if self.recompute and not arch.text:
             raise ValueError("--recompute is for --arch sd and mmdit; elsewhere --accumulate saves memory")
@@ -438,12 +442,12 @@ def brief(value: Any) -> str:
 def once(config: dict[str, Any]) -> dict[str, Any]:
     """What a run of this config, perhaps of an older version, did before these settings could be chosen."""
     return {"fold_end": "last" if config.get("fold_steps") else None, "ema_warmup": True, "timesteps": "antithetic",
-            "halve_group_size": 0, "lift_per": "channel"}  # fmt: skip
+            "halve_group_size": 0, "lift_per": "channel", "sampler": "ddim"}  # fmt: skip
 
 
 # Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
 FREE = {"out", "device", "log", "log_every", "save_every", "preview_every"}
-EVALUATION = {"eval_samples", "sample_steps", "eta", "spacing", "clip_x0", "guidance", "vae"}
+EVALUATION = {"eval_samples", "sampler", "sample_steps", "eta", "spacing", "clip_x0", "guidance", "vae"}
 NAMED = {"dataset", "arch", "image_size", "student", "prune", "keep", "kd", "seeds"}  # they begin the name of a run
 
 

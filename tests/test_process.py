@@ -165,11 +165,11 @@ def diffusers_flow(shift):
     return pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
-def diffusers_sample(scheduler, net, noise, generator=None, **options):
+def diffusers_sample(scheduler, net, noise, **options):
     x = noise
     with torch.no_grad():
         for t in scheduler.timesteps:
-            x = scheduler.step(net(x, t.expand(len(x))), t, x, generator=generator, **options).prev_sample
+            x = scheduler.step(net(x, t.expand(len(x))), t, x, **options).prev_sample
     return x
 
 
@@ -193,7 +193,7 @@ def diffusers_ddpm(kind, process, steps, **options):
 def test_ddim_equals_that_of_diffusers(name, eta, steps):
     process = make_process(name)
     net, noise = oracle(process, 0, 1, bend=0.2), torch.randn(2, 3, 8, 8, generator=seeded(1))
-    theirs = diffusers_sample(diffusers_ddpm("DDIMScheduler", process, steps), net, noise, seeded(2), eta=eta)
+    theirs = diffusers_sample(diffusers_ddpm("DDIMScheduler", process, steps), net, noise, generator=seeded(2), eta=eta)
     ours = process.sample(net, noise.shape, steps, eta=eta, noise=noise, generator=seeded(2))
     assert (ours - theirs).abs().max() < 2e-4
     assert 0.5 < ours.std() < 3  # a comparison of numbers of a sensible size
@@ -220,11 +220,27 @@ def test_clipping_on_the_way_equals_that_of_diffusers(eta):
     def net(x_t, t, cond=None):
         return 0.7 * x_t.roll(1, -1) - 0.2  # far from any noise: most pixels are clipped
 
-    x = diffusers_sample(scheduler, net, start, seeded(1), eta=eta, use_clipped_model_output=True)
+    x = diffusers_sample(scheduler, net, start, generator=seeded(1), eta=eta, use_clipped_model_output=True)
     ours = process.sample(net, start.shape, 20, eta=eta, noise=start, generator=seeded(1))
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
     assert ours.abs().max() <= 1 and DDPM().sample(net, start.shape, 20, noise=start).abs().max() > 1
     assert process.sampler == "DDIM with clipped x0" and DDPM().sampler == "DDIM"
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-v"])
+def test_pndm_is_that_of_the_pipelines_of_stable_diffusion(name):
+    process = make_process(name, sampler="pndm")
+    net, noise = oracle(process, 0, 1, bend=0.2), torch.randn(2, 4, 8, 8, generator=seeded(1))
+    scheduler = pytest.importorskip("diffusers").PNDMScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
+        prediction_type={"noise": "epsilon", "v": "v_prediction"}[process.prediction],
+    )  # fmt: skip
+    scheduler.set_timesteps(25)
+    theirs = diffusers_sample(scheduler, net, noise)
+    ours, again = (process.sample(net, noise.shape, 25, noise=noise) for _ in range(2))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours, again) and process.sampler == "PNDM" and isinstance(process, DDPM)
+    assert (ours - make_process(name).sample(net, noise.shape, 25, noise=noise)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("prediction", ["noise", "v"])
@@ -237,7 +253,7 @@ def test_ancestral_sampling_with_learned_variance_equals_that_of_diffusers(predi
     def net(x, t, cond=None):
         return torch.cat([predict(x, t), torch.tanh(x.roll(2, -1))], dim=1)
 
-    x = diffusers_sample(scheduler, net, start, seeded(1))
+    x = diffusers_sample(scheduler, net, start, generator=seeded(1))
     ours = process.sample(net, start.shape, 40, eta=1.0, noise=start, generator=seeded(1))
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
 
@@ -535,6 +551,10 @@ REFUSED = [
     *[(lambda t=t: D.fold(t), "growing numbers from 0 to 999") for t in ([], [3, 3], [-1, 3], [0, 1000])],
     (lambda: D.fold(25).sample(None, SHAPE, 26), "1 to 25 steps"),
     (lambda: R.fold(25), "only DDPM can be folded"),
+    (lambda: make_process(sampler="pndm", prediction="x0"), "noise or v, not x0"),
+    *[(lambda n=n: make_process(sampler="pndm").sample(None, SHAPE, n), "2 to 999 steps") for n in (1, 1000, [9, 3])],
+    (lambda: make_process(sampler="pndm").sample(None, SHAPE, eta=0.5), "without new noise"),
+    (lambda: make_process(sampler="pndm", clip_x0=True).sample(None, SHAPE), "without clamping"),
 ]
 
 

@@ -20,7 +20,16 @@ PIXELS = {
 CELEBA = PIXELS | {"image_size": 64, "lr": 2e-4, "clip": 1, "ema": 0.9999, "dropout": 0.1, "batch_size": 96}
 BEDROOM = PIXELS | {"image_size": 256, "lr": 2e-5, "clip": 0, "ema": 0.999, "dropout": 0, "batch_size": 16}
 TEXT = {"arch": "sd", "process": "sd", "constants": "bk-sdm", "steps": 50_000, "lr": 5e-5, "batch_size": 128}
-TEXT |= {"lambda_diff": 1, "lambda_out": 1, "lambda_feat": 1, "caption_dropout": 0.1, "weight_decay": 1e-2}
+TEXT |= {
+    "ema_warmup": True,
+    "timesteps": "uniform",
+    "sampler": "pndm",
+    "lambda_diff": 1,
+    "lambda_out": 1,
+    "lambda_feat": 1,
+    "caption_dropout": 0.1,
+    "weight_decay": 1e-2,
+}
 IMAGENET = {
     "arch": "dit", "steps": 500_000, "batch_size": 256, "lr": 2e-4, "lr_end": 1e-4, "decay": "cosine", "clip": 1,
     "ema": 0.9999, "lambda_diff": 0.1, "lambda_out": 0.9, "lambda_feat": 1e-2, "feat_stages": 100, "group_size": 16,
@@ -43,6 +52,7 @@ DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff"
         ("--dataset lsun_bedroom --prune 0.7", BEDROOM | {"steps": 700_000}),
         ("--dataset latents --arch sd --student base", TEXT | {"out": "runs/latents-sd-base-place"}),  # Table 2
         ("--dataset latents --arch mmdit", TEXT | {"arch": "mmdit", "process": "sd3", "constants": "tinyfusion",
+                                                   "sampler": "ddim",
                                                    "lambda_diff": 0.1, "lambda_out": 0.9, "lambda_feat": 1e-2}),
         *((f"--dataset imagenet --prune {prune}", IMAGENET) for prune in (0.5, 0.75, 0.857)),  # Table 3
         ("--dataset cifar10 --prune 0 --fold-steps 125 --kd out", FOLD),  # SFDDM
@@ -56,6 +66,8 @@ DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff"
         ("--data x", {"norm_groups": "scale", "clip_x0": True}),  # what serves people's own images
         ("--data x --norm-groups keep --no-clip-x0", {"norm_groups": "keep", "clip_x0": False}),
         ("--data x --process flow", {"clip_x0": False}),
+        ("--dataset cifar10", {"spacing": "quad", "taylor_batch": 128}),
+        ("--dataset cifar10 --fold-steps 5", {"spacing": "leading"}),
         ("--data x --student y", {"norm_groups": "keep"}),
         ("--dataset celeba --prune 0.6", {"steps": 240_000}),  # between two ratios: the next
         ("--dataset celeba --prune 0.95", {"steps": 500_000}),  # above all: the last

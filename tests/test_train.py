@@ -875,6 +875,8 @@ REFUSED = [
     ("--dataset imagenet", "latents need --data"),
     ("--dataset lsun_church", "church_outdoor_train_lmdb", "--data"),
     ("--group-size 12 --halve-group-size 3", "--halve-group-size 3 cannot be used", "groups of 12 elements"),
+    ("--sampler pndm --process flow", "--sampler and --fold-steps are of DDPM"),
+    ("--sampler pndm --eta 1", "--sampler pndm goes without --eta"),
     ("--schedule learned --fsdp", "--schedule learned does not go with --fsdp"),
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
     ("--head neck", "--head neck", "choose from statistics"),
