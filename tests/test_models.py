@@ -342,6 +342,11 @@ def test_pruned_sizes_equal_the_published_ones(name, ratio):
             assert width // groups >= full // full_groups > 1  # the published student has one channel in most groups
 
 
+def test_the_teacher_of_figure_1_has_its_published_size():
+    student = prune_channels(on_meta(PUBLISHED["celeba"]), 0.6, "random")
+    assert count(student) == 16_648_921 and round(macs(student) / 1e9, 2) == 5.76
+
+
 def test_sizes_of_the_digits_demo():
     teacher = on_meta({**SMALL, "channels": 64, "attention_resolutions": ()})
     student = prune_channels(teacher, 0.9, "random")
