@@ -210,6 +210,35 @@ def test_the_table_of_the_folds_is_that_of_the_committed_runs():
         assert shown.split(" | ") == expected
 
 
+# ---- What was published ---------------------------------------------------------------------------------------------
+
+
+def shown(value) -> str:
+    """A setting as a table shows it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "on", False: "off", None: "-"}[value]
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_page_of_published_settings_holds_what_the_presets_hold():
+    page, rows = PAGES[ROOT / "docs/as-published.md"], []
+    proofs = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    flags = {settings.flag(name) for kind in (settings.Settings, evaluate.Flags) for name in kind.__dataclass_fields__}
+    for section in page.split("\n## ")[1:]:
+        command = re.search(r"^`python train.py (.*)`$", section, re.MULTILINE)
+        resolved = settings.parse(shlex.split(command[1])) if command else None
+        for row in re.findall(r"^\| (.+) \| (.+) \| (.+) \| (equal|different) \| (.+) \|$", section, re.MULTILINE):
+            what, published, here, verdict, why = row
+            if name := re.fullmatch(r"`--([\w-]+)`", what):
+                assert here == shown(getattr(resolved, name[1].replace("-", "_"))), row
+                assert (published == here) == (verdict == "equal"), row
+            named, tests = set(re.findall(r"`(--[\w-]+)", " ".join(row))), re.findall(r"`(test_\w+)`", why)
+            assert named <= flags and all(f"def {test}(" in proofs for test in tests), row
+            assert tests if verdict == "equal" else "No flag" in why or re.search("`--", why), row
+            rows.append(what)
+    assert len(rows) == page.count("| equal |") + page.count("| different |") > 90
+
+
 # ---- Files and links -------------------------------------------------------------------------------------------------
 
 
