@@ -294,9 +294,8 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
 
 def check_steps(settings: Settings, teacher: Network | None, student: Network | None) -> None:
     """ValueError where the timesteps of the run, of its teacher and of a given student do not go together."""
-    process = make_process(settings.process) if teacher is None else process_of(teacher, settings.process)
-    if teacher is not None:
-        process_of(teacher, settings.process, sampler=settings.sampler)  # refuses a sampler of other predictions
+    known = {"name": settings.process, "sampler": settings.sampler}  # a sampler may refuse what a network predicts
+    process = make_process(**known) if teacher is None else process_of(teacher, **known)
     if settings.fold_steps is not None:
         try:
             process = process.fold(settings.fold_steps, settings.fold_end)

@@ -588,7 +588,7 @@ def parse_command(argv: list[str] | None = None, description: str | None = None)
 def presets() -> str:
     """The table of PRESETS, aligned: what differs between published settings."""
     columns = ("dataset", "arch", "prune", "steps", "batch_size", "lr", "clip", "ema", "dropout", "lambda_diff",
-               "lambda_out", "lambda_feat")  # fmt: skip
+               "lambda_out", "lambda_feat", "ema_warmup", "timesteps", "sampler")  # fmt: skip
     lines = [columns]
     for row in PRESETS:
         values = (row[name] for name in columns)
