@@ -344,7 +344,7 @@ def test_pruned_sizes_equal_the_published_ones(name, ratio):
 
 def test_the_teacher_of_figure_1_has_its_published_size():
     student = prune_channels(on_meta(PUBLISHED["celeba"]), 0.6, "random")
-    assert count(student) == 16_648_921 and round(macs(student) / 1e9, 2) == 5.76
+    assert parameters(student) == 16_648_921 and round(macs(student) / 1e9, 2) == 5.76
 
 
 def test_sizes_of_the_digits_demo():
