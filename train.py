@@ -214,7 +214,7 @@ def step(
     def ask(student: Student, first: int) -> Output:
         torch.manual_seed(hash_seed(student.seed, at, rank_and_world()[0], first))  # of the dropout
         with half:
-            return student.predict(parts[first].x_t, parts[first].t, parts[first].cond)
+            return predict(student.parallel, parts[first].x_t, parts[first].t, parts[first].cond)
 
     ws = weights(settings, students, parts, teach, ask, at)
     numbers: list[dict[str, Tensor]] = [{} for _ in students]

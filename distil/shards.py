@@ -48,14 +48,9 @@ class OnTheFly(Rows):
     """
 
     def __init__(
-        self,
-        items: Sequence,
-        labels: Any,
-        decode: Callable,
-        shape: tuple,
-        dtype: str = "uint8",
+        self, items: Sequence, labels: Any, decode: Callable, shape: tuple, dtype: str = "uint8",
         log: Path | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__((len(items), *shape), dtype)
         self.items, self.labels, self.decode, self.log = items, labels, decode, log
         known = json.loads(log.read_text("utf-8")) if log and log.exists() else {}

@@ -190,10 +190,6 @@ class Student:
     def _distribute(self) -> None:
         self.parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The output (B, C or 2C, H, W), and the features, [] without."""
-        return predict(self.parallel, x_t, t, cond)
-
     def learned_weight(self, coarse: Tensor) -> Tensor:
         """w as a parameter, in (0, 1), whatever the coarse term: (1,)."""
         return self.logit.sigmoid()

@@ -165,7 +165,7 @@ def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
     given = {"lr": 1e-2, "warmup": 0, "clip": 1e-12, "lambda_feat": 1.0}
     student = a_student("feat", net, tapped, **given)
     before = [adapter.weight.clone() for adapter in student.model.adapters]
-    output, features = student.predict(X, T, {})
+    output, features = predict(student.parallel, X, T, {})
     (student.kd.features(features, tapped(X, T)[1], 64) + output.square().sum()).backward()
     assert train.update(Settings(**given), student, 0, torch.zeros(())) > 1e-3  # the norm before clipping
     assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(student.model.adapters, before, strict=True))
