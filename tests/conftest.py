@@ -8,8 +8,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is: a name that is no folder is refused at once
 
+import contextlib
 import csv
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,15 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def free_ports(n: int) -> list[str]:
+    """Numbers of ports on which nothing listens, all different."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(n)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [str(each.getsockname()[1]) for each in sockets]
 
 
 def an_image(i: int) -> Image.Image:

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import free_ports
 
 from distil import machine
 from distil.machine import find_device, hash_seed, lock, need_room, refusing, whole, write_json
@@ -43,10 +43,7 @@ with machine.processes("cpu"):
         os.kill(os.getpid(), signal.SIGKILL)
     machine.mean_over_ranks(torch.ones(2))
 """
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = str(held.getsockname()[1])
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
     first, second = (
         subprocess.Popen([sys.executable, "-c", program], env={**env, "RANK": rank}, stderr=subprocess.PIPE, text=True)
         for rank in "01"

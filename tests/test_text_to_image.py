@@ -3,11 +3,9 @@
 That way goes from captioned images over latents and students back into a pipeline of diffusers (conftest.py).
 """
 
-import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, LETTERS, ROOT, refused, same
+from conftest import FAMILIES, LETTERS, ROOT, free_ports, refused, same
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -433,14 +431,9 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
         return command("mmdit", pipelines, latents, tmp_path / name, *few, *how)
 
     assert trained(run("one")) == 0
-    with contextlib.ExitStack() as held:  # a port for each of the two runs
-        sockets = [held.enter_context(socket.socket()) for _ in range(2)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [str(each.getsockname()[1]) for each in sockets]
     (tmp_path / "both.py").write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom distil.settings import parse\n"
-        f"for port, run in zip({ports}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
+        f"for port, run in zip({free_ports(2)}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
         "    os.environ['MASTER_PORT'] = port\n    assert train.main(parse(run)) == 0\n"
     )
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -9,13 +9,12 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, free_ports
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -123,6 +122,31 @@ def in_process(
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = ports[i]
         run(*arguments)
+
+
+def as_two(processes, commands: list[list[str]], signal_at: int = -1) -> list[int]:
+    """The exit codes of two processes that share these runs, of which the second one gets the signal."""
+    ports = free_ports(len(commands))  # one for each run
+    both = [processes(commands, rank=rank, ports=ports, signal_at=signal_at if rank else -1) for rank in (0, 1)]
+    for process in both:
+        process.join(120)
+    return [process.exitcode for process in both]
+
+
+@contextlib.contextmanager
+def interrupted(at: int):
+    """Inside the block Ctrl-C comes before the step `at`, and ends the run as it should."""
+    step = train.step
+
+    def interrupt(*given):
+        if given[5] == at:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "step", interrupt)
+        yield
+    assert ended.value.code == 128 + signal.SIGINT
 
 
 # ---- The whole run ---------------------------------------------------------------------------------------------------
@@ -479,20 +503,11 @@ def test_a_killed_run_resumes_bit_for_bit(kind, processes, capsys):
 
 
 @pytest.mark.usefixtures("_quick")
-def test_ctrl_c_saves_the_step_that_was_reached_and_the_same_command_goes_on(capsys, monkeypatch):
-    arguments, step = ["--kd", "out", "--steps", "5", "--save-every", "99"], train.step
-
-    def interrupted(*given):
-        if given[5] == 2:
-            signal.raise_signal(signal.SIGINT)
-        return step(*given)
-
+def test_ctrl_c_saves_the_step_that_was_reached_and_the_same_command_goes_on(capsys):
+    arguments = ["--kd", "out", "--steps", "5", "--save-every", "99"]
     run(*arguments, "--out", "runs/unstopped")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "step", interrupted)
-        with pytest.raises(SystemExit) as ended:
-            run(*arguments, "--out", "runs/stopped")
-    assert ended.value.code == 128 + signal.SIGINT
+    with interrupted(at=2):
+        run(*arguments, "--out", "runs/stopped")
     assert "runs/stopped: stopped and saved; the same command goes on" in capsys.readouterr().out
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 3
     assert not Path("runs/stopped/student").exists()
@@ -517,15 +532,7 @@ def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes
     folded = [*FOLD, *arguments, "--kd", "out", "--accumulate", "2"]
     run(*folded, "--out", "runs/fold-one")
     commands = [[*arguments, "--out", "runs/two"], [*folded, "--out", "runs/fold-two"]]
-    with contextlib.ExitStack() as held:  # a port for each run
-        sockets = [held.enter_context(socket.socket()) for _ in commands]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [str(each.getsockname()[1]) for each in sockets]
-    both = [processes(commands, rank=rank, ports=ports) for rank in (0, 1)]
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert as_two(processes, commands) == [0, 0]
     for name in ("feat-0", "place-0"):
         assert same(f"one/student/{name}", f"two/student/{name}", 1e-5)
     assert same("fold-one/student", "fold-two/student", 1e-5)
@@ -538,14 +545,8 @@ def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes
 def test_processes_agree_on_the_step_at_which_they_stop(processes):
     arguments = ["--kd", "out", "--prune", "0", "--steps", "9", "--save-every", "99"]
     run(*arguments, "--out", "runs/agreed-whole")  # which also trains the teacher
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        ports = [str(held.getsockname()[1])]
-    command = [[*arguments, "--out", "runs/agreed"]]
-    both = [processes(command, rank=rank, ports=ports, signal_at=2 if rank else -1) for rank in (0, 1)]
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [128 + signal.SIGTERM] * 2
+    codes = as_two(processes, [[*arguments, "--out", "runs/agreed"]], signal_at=2)
+    assert codes == [128 + signal.SIGTERM] * 2
     assert torch.load("runs/agreed/checkpoint.pt", weights_only=True)["step"] == 4  # one step after it was told
 
 
@@ -617,7 +618,7 @@ def test_what_lies_in_the_way_is_refused_by_name_and_left_alone(capsys):
 
 
 @pytest.mark.usefixtures("_quick")
-def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(capsys, monkeypatch):
+def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(capsys):
     """Its basic training in small; its pipeline is read, pruned, distilled, interrupted, resumed, and runs again."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -634,17 +635,8 @@ def test_a_model_of_the_diffusers_tutorial_gives_a_student_for_its_pipeline(caps
 
     arguments = ["--teacher", "tutorial", "--prune", "0.5", "--kd", "feat", "place", "--importance", "taylor"]
     arguments += ["--taylor-steps", "4", "--sample-steps", "4", "--out", "runs/tutorial"]
-    step = train.step
-
-    def interrupted(*given):
-        if given[5] == 1:
-            signal.raise_signal(signal.SIGINT)
-        return step(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "step", interrupted)
-        with pytest.raises(SystemExit):
-            run(*arguments)
+    with interrupted(at=1):
+        run(*arguments)
     run(*arguments, "--eval-samples", "6")
     assert "runs/tutorial: resumed at step 2 of" in capsys.readouterr().out
     student = teachers.load("runs/tutorial/student/place-0")
