@@ -526,7 +526,7 @@ def teacher_settings(settings: Settings) -> Settings:
     own |= {"lambda_diff": 1.0}
     given = {name: getattr(settings, name) for name in sorted(SHAPE)}
     own |= {name: value for name, value in given.items() if value is not None}
-    usual = preset(settings.dataset, 0.0, settings.arch)  # only others are named, so that folders stay
+    usual = preset(settings.dataset, settings.prune, settings.arch, settings.fold_steps)  # only others are named
     own |= {name: value for name in ("ema_warmup", "timesteps") if (value := getattr(settings, name)) != usual[name]}
     key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
