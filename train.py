@@ -197,6 +197,7 @@ def step(
         of each student the loss, the norm of the gradient, and, if watched, the parts of LIFT or PLACE: () each.
     """
     half, n = autocast(settings, batch.x_t.device), len(batch.t)
+    frozen = autocast(settings, batch.x_t.device, frozen=True)
     parts = {int(rows[0]): batch.part(slice(int(rows[0]), int(rows[-1]) + 1))
              for rows in torch.arange(n).chunk(settings.accumulate)}  # by their first rows  # fmt: skip
     learners = [student for student in students if student.kd.output or student.kd.features]
@@ -205,7 +206,7 @@ def step(
     def teach(first: int, again: bool = False) -> Output | None:
         part, answer = parts[first], said.pop(first, None)
         if answer is None and teacher is not None and (learners or watched):
-            with timed(*learners), torch.no_grad(), half:
+            with timed(*learners), torch.no_grad(), frozen:
                 answer = predict(teacher, part.x_t, process.phi(part.t), part.cond)
         if again and not answer[1]:  # features would take the memory that parts save
             said[first] = answer
@@ -314,7 +315,7 @@ def train(
     bar = machine.progress_bar(initial=start, total=settings.steps, desc=folder.name, unit="step",
                                disable=rank_and_world()[0] > 0)  # fmt: skip
     every = settings.save_every if settings.preview_every is None else settings.preview_every
-    logging = machine.open_log(folder, start, settings.log, plain(settings))
+    logging, began = machine.open_log(folder, start, settings.log, plain(settings)), math.inf
     with Stop() as stop, logging as log, contextlib.closing(stream), bar:
         for at in range(start, settings.steps) if learning else ():
             diverged = [student for student in learning if student.diverged()] if at % PATIENCE == 0 else []
@@ -334,10 +335,12 @@ def train(
                 if student in diverged:
                     stop_learning(student, record)
             bar.update()
-            if at - start == 12:
+            if at - start == 2:  # the first ones warm up
                 began = perf_counter()
-            elif at - start == 22 and (left := (perf_counter() - began) / 10 * (settings.steps - at)) > 60:
-                say(f"{folder}: about {left / 60:,.0f} minutes for the other {settings.steps - at - 1:,} steps")
+            elif at - start == 22 or perf_counter() - began > 5:
+                left, began = (perf_counter() - began) / (at - start - 2) * (settings.steps - at - 1), math.inf
+                if left > 60:
+                    say(f"{folder}: about {left / 60:,.0f} minutes for the other {settings.steps - at - 1:,} steps")
             learning = [student for student in learning if student.stopped is None]
             last = at + 1 == settings.steps or not learning
             number = stop.agreed(students[0].device, last)
@@ -503,7 +506,7 @@ def distil(run: Run) -> dict[str, Any] | None:
     students, tapped = make_students(run, teacher, own, time)
     if run.teacher is not None:
         say(outlook(settings, run.images, teacher, students[0].ema))
-    teacher.settle(find_dtype(settings, run.device))
+    teacher.settle(find_dtype(settings, run.device, frozen=True))
     if settings.compile:
         tapped.compile()
     resume(settings, students, tapped, run, process, run.checkpoint)

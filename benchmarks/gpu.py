@@ -138,7 +138,7 @@ def text_step(b: Setup, kind: str, recompute: bool) -> Callable[[], None]:
     kd, process = train.resolve(settings, "place"), make_process(settings.process)
     tapped = students.tap(teacher, net, kd.taps)
     one = Student(settings, kd, 0, net, tapped)
-    teacher.settle(students.find_dtype(settings, b.device))
+    teacher.settle(students.find_dtype(settings, b.device, frozen=True))
     latents = torch.randn(batch, 2, *shape)
     cond = {name: value.expand(batch, *value.shape) for name, value in cond.items()}
 
@@ -152,13 +152,13 @@ def text_step(b: Setup, kind: str, recompute: bool) -> Callable[[], None]:
 def text(b: Setup, kind: str) -> Iterable[Row]:
     """Rows of one kind of network, alone on the device."""
     for how in (False, True):
+        release()
         case = text_step(b, kind, how)
         there = torch.cuda.memory_allocated() / 2**30 if b.gpu else 0.0
         name = f"batch {(SMALL if b.quick else TEXT)[kind][4]}{', recompute' * how}"
         for row in timed(b, {name: case}):
             yield row | {"before_GiB": there}
         del case
-        release()
 
 
 def release() -> None:

@@ -294,6 +294,9 @@ class Settings:
     out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=PRECISIONS)
+    teacher_precision: str | None = option(
+        None, "of the frozen teacher, where not that of all networks", choices=("fp32", "bf16")
+    )
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
     recompute: bool = option(False, "sd, mmdit: gradient checkpointing, less memory for a third more time", bool)
     fsdp: bool = option(False, "split the students over the processes (torch FSDP2), not only the batch", bool)

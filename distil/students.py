@@ -20,16 +20,18 @@ from distil.settings import PRECISIONS, Settings
 from models import Network
 
 
-def find_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """What the networks compute in: --precision, by default half precision on GPUs (bf16 where they have it)."""
-    if settings.precision == "auto" and device.type == "cuda":
+def find_dtype(settings: Settings, device: torch.device, frozen: bool = False) -> torch.dtype:
+    """What the networks compute in: --precision, by default half precision on GPUs (bf16 where they have it); a frozen
+    teacher in --teacher-precision, where that is given."""
+    precision = (settings.teacher_precision if frozen else None) or settings.precision
+    if precision == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return getattr(torch, PRECISIONS[settings.precision] or "float32")
+    return getattr(torch, PRECISIONS[precision] or "float32")
 
 
-def autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    """The context in which the networks run."""
-    dtype = find_dtype(settings, device)
+def autocast(settings: Settings, device: torch.device, frozen: bool = False) -> torch.autocast:
+    """The context in which the networks run, or a frozen teacher."""
+    dtype = find_dtype(settings, device, frozen)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

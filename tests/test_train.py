@@ -1,8 +1,10 @@
 """The run: what it trains, that it resumes exactly, that it can be split over processes, and what it refuses."""
 
 import contextlib
+import copy
 import errno
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -253,6 +255,15 @@ def test_a_student_does_not_depend_on_its_company_and_its_seed_draws_its_dropout
 
 
 @pytest.mark.usefixtures("_quick")
+def test_slow_steps_say_after_seconds_how_many_minutes_are_left_and_say_it_once(monkeypatch, capsys):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(train, "perf_counter", lambda: next(clock))
+    run("--steps", "30", "--out", "runs/minutes")
+    said = [line for line in capsys.readouterr().out.splitlines() if "minutes for the other" in line]
+    assert said == [f"{Path('runs/minutes')}: about 9 minutes for the other 26 steps"]
+
+
+@pytest.mark.usefixtures("_quick")
 def test_half_precision_keeps_weights_and_losses_in_float32():
     for precision in ("bf16", "fp32"):
         run("--precision", precision, "--steps", "2", "--out", f"runs/{precision}")
@@ -260,6 +271,24 @@ def test_half_precision_keeps_weights_and_losses_in_float32():
     assert not same("bf16/student", "fp32/student")
     half, single = log("bf16")[0]["coarse"], log("fp32")[0]["coarse"]
     assert half == pytest.approx(single, rel=0.05) and half != single
+
+
+def test_a_teacher_in_half_precision_leaves_the_arithmetic_of_students_and_nearly_what_it_says():
+    x, t, found = torch.randn(4, 1, 8, 8), DDPM().sample_t(4), []
+    for precision in ("fp32", "bf16"):
+        settings = Settings(kd=("none", "out", "place"), lambda_feat=0.0, teacher_precision=precision)
+        torch.manual_seed(0)
+        teacher, net = (models.UNet(8, 1, **SMALL) for _ in range(2))
+        kds = [train.resolve(settings, name) for name in settings.kd]
+        students = [Student(settings, kd, 0, copy.deepcopy(net)) for kd in kds]
+        numbers = train.step(settings, students, teacher, DDPM(), Batch(x, x, x, x, t, {}), 0, True)
+        found.append([{name: value.item() for name, value in of_one.items()} for of_one in numbers])
+        assert all(p.dtype == torch.float32 for student in students for p in student.model.parameters())
+    single, half = found
+    assert half[0]["loss"] == single[0]["loss"] and half[0]["grad_norm"] == single[0]["grad_norm"]  # it hears nothing
+    for one, other in zip(half[1:], single[1:], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.01) and one["loss"] != other["loss"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
 
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
@@ -397,6 +426,8 @@ def test_the_learning_rate_warms_up_and_decays():
     ("methods", "given", "compared", "passes"),
     [(("feat",), {"lambda_feat": 0.0}, (), [0, 1]), (("feat",), {}, ("feat",), [1, 1]), (("none",), {}, (), [0, 1]),
      (("none", "out", "place"), {"precision": "bf16"}, ("place",), [1, 1]),
+     (("none", "out", "place"), {"teacher_precision": "bf16"}, ("place",), [1, 1]),
+     (("out",), {"precision": "bf16", "teacher_precision": "fp32"}, (), [1, 1]),
      (("out",), {"fold_steps": 5, "lambda_hidden": 0.0}, (), [1, 1])],
 )  # fmt: skip
 def test_a_teacher_is_asked_once_for_all_students_and_only_if_one_of_them_listens(methods, given, compared, passes):
@@ -413,7 +444,8 @@ def test_a_teacher_is_asked_once_for_all_students_and_only_if_one_of_them_listen
         before = len(calls)
         numbers = train.step(settings, students, teacher, process, Batch(x, x, x, x, t, {}), at, watched)
         assert len(calls) - before == passes[at] and ("mse" in numbers[0]) == watched
-    assert calls[-1] == (process.phi(t).tolist(), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    half = "bf16" in (settings.teacher_precision or settings.precision)
+    assert calls[-1] == (process.phi(t).tolist(), torch.bfloat16 if half else torch.float32)
     busy = {student.method: student.seconds for student in students}
     assert all(busy["none"] < busy[name] for name in busy if "none" in busy and name != "none")
 
