@@ -4,9 +4,10 @@
     python notebooks/run.py notebooks/01*.ipynb
 
 Outputs are written into the notebooks, without progress bars. Beside those of every code cell stands a hash of the
-source that gave them, and in the notebook's metadata how long it all took, on what, and whether from nothing or with
-what an earlier call had kept; tests/test_notebooks.py compares both with what is there and what is said. What a run
-needs later again (teachers, students) is kept in notebooks/runs: without that folder all is computed anew.
+source that gave them, and in the notebook's metadata how long it all took, on what, whether from nothing or with what
+an earlier call had kept, and how many processes wanted to run in the last 15 minutes; tests/test_notebooks.py compares
+all with what is there and what is said. What a run needs later again (teachers, students) is kept in notebooks/runs:
+without that folder all is computed anew.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
                 cell.metadata.pop("executed_source", None)
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         minutes = round((time.monotonic() - began) / 60, 1)
-        notebook.metadata["executed"] = {"minutes": minutes, "from_nothing": from_nothing, **machine.describe()}
+        load = round(os.getloadavg()[2], 1) if hasattr(os, "getloadavg") else None  # Windows does not count it
+        executed = {"minutes": minutes, "from_nothing": from_nothing, "load": load}
+        notebook.metadata["executed"] = executed | machine.describe()
         nbformat.write(notebook, path)
         print(f"{minutes} minutes", flush=True)
     return 0

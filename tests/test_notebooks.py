@@ -76,8 +76,9 @@ def test_a_notebook_opens_with_question_answer_and_the_minutes_of_its_committed_
     executed, minutes = NOTEBOOKS[name].metadata["executed"], int(re.search(r"About (\d+) minutes?", title.source)[1])
     assert f"on {executed['cores']} CPU cores" in title.source
     (line,) = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(f"| [{name}]")]
-    if executed["from_nothing"]:
+    alone = (executed.get("load") or 0) <= executed["cores"]  # nothing else ran on the machine
+    if executed["from_nothing"] and alone:
         assert line.split(" | ")[2] == str(minutes)
         assert abs(minutes - executed["minutes"]) <= max(1, 0.1 * minutes)
-    else:  # what is recorded is too short, so the README has to say where its figure comes from
-        assert line.split(" | ")[2] == f"{minutes} \\*" and minutes > executed["minutes"]
+    else:  # what is recorded is too short or too long, so the README has to say where its figure comes from
+        assert line.split(" | ")[2] == f"{minutes} \\*" and (minutes > executed["minutes"] or not alone)
