@@ -53,6 +53,7 @@ def times(n: int) -> int:
 def record(what: str, outcome: object) -> None:
     """Notes what was done in runs/soak.json, which git ignores, beside what earlier parts of the campaign did."""
     path = Path("runs/soak.json")
+    path.parent.mkdir(exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
     machine.write_json(path, {**found, "machine": machine.describe(), what: {"outcome": outcome, "share": SHARE}})
 
