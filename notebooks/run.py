@@ -55,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.metadata["source_hash"] = fingerprint(cell.source)
-                cell.metadata.pop("executed_source", None)
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         minutes = round((time.monotonic() - began) / 60, 1)
         load = round(os.getloadavg()[2], 1) if hasattr(os, "getloadavg") else None  # Windows does not count it
