@@ -414,8 +414,10 @@ class RectifiedFlow(Process):
     The network gets t = 1000 s as floats, so it may be the same as for DDPM. Training times are logit-normal.
 
     shift: m moves all times, in training and in sampling, towards the noise: s -> m s / (1 + (m - 1) s). SD3 takes 3; 1
-    leaves them. (diffusers' FlowMatchEulerDiscreteScheduler applies it twice when it is asked for a NUMBER of steps;
-    given the sigmas of `RectifiedFlow().timesteps(steps)` / 1000 it visits ours.) ValueError if it is not above 0.
+    leaves them. It is applied once. (diffusers' FlowMatchEulerDiscreteScheduler applies it twice when it is asked for a
+    NUMBER of steps: 4 steps at shift 3 visit t = 1000, 857.7, 602.2, 8.9. Given the sigmas of
+    `RectifiedFlow().timesteps(4)` / 1000, as diffusers' own Flux pipeline does, it visits ours: 1000, 900, 750, 500.)
+    ValueError if it is not above 0.
     """
 
     sampler, steps, latest, clean, whole_t = "Euler", 1000, 1000, 0.0, False

@@ -586,6 +586,7 @@ def test_processes_agree_on_the_step_at_which_they_stop(processes):
 def test_a_trained_teacher_leaves_no_preview_of_itself():
     """The last one is of a step that depends on when the run was killed."""
     few = ["--teacher-steps", "3", "--steps", "1", "--save-every", "1", "--preview-every", "1"]
+    few += ["--teacher-lr", "3e-4"]  # that no other test trains
     run(*few, "--kd", "none", "--out", "runs/previewed")
     folder = Path(teacher_settings(parse([*TINY, *few])).out)
     assert (folder / "samples.png").exists() and (folder / "teacher").exists() and not (folder / "student").exists()
