@@ -203,12 +203,13 @@ def step(
     learners = [student for student in students if student.kd.output or student.kd.features]
     said: dict[int, Output] = {}  # by the teacher, to be used again
 
-    def teach(first: int, again: bool = False) -> Output | None:
-        part, answer = parts[first], said.pop(first, None)
-        if answer is None and teacher is not None and (learners or watched):
-            with timed(*learners), torch.no_grad(), frozen:
-                answer = predict(teacher, part.x_t, process.phi(part.t), part.cond)
-        if again and not answer[1]:  # features would take the memory that parts save
+    def teach(first: int) -> Output | None:
+        if first in said or teacher is None or not (learners or watched):
+            return said.get(first)
+        part = parts[first]
+        with timed(*learners), torch.no_grad(), frozen:
+            answer = predict(teacher, part.x_t, process.phi(part.t), part.cond)
+        if not answer[1]:  # features would take the memory that parts save
             said[first] = answer
         return answer
 
@@ -254,7 +255,7 @@ def weights(
         return [lambda x: adaptive(mean_over_ranks(x))] * len(students)
     coarse = parts[0].x_t.new_zeros(len(students))
     for first, part in parts.items():
-        teacher_prediction, _ = split(teach(first, again=True)[0], part.x_t.shape[1])
+        teacher_prediction, _ = split(teach(first)[0], part.x_t.shape[1])
         for i in weighed:
             with timed(students[i]):
                 prediction, _ = split(ask(students[i], first)[0], part.x_t.shape[1])
