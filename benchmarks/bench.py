@@ -136,7 +136,7 @@ class Setup:
         return Student(settings, train.resolve(settings, method), seed, self.pruned(settings.prune), self.tapped)
 
     def draw(self, settings: Settings) -> Batch:
-        return draw(settings, self.pixels[: settings.batch_size], {}, self.process, self.teacher, 0, flip=True)
+        return draw(settings, self.pixels[: settings.batch_size], {}, self.process, self.teacher, 0)
 
     def step(self, students: list[Student], settings: Settings) -> None:
         """A step of training, from the images on."""

@@ -143,7 +143,7 @@ def text_step(b: Setup, kind: str, recompute: bool) -> Callable[[], None]:
     cond = {name: value.expand(batch, *value.shape) for name, value in cond.items()}
 
     def step() -> None:
-        shown = prepare.draw(settings, latents, cond, process, teacher, 0, flip=True)
+        shown = prepare.draw(settings, latents, cond, process, teacher, 0)
         train.step(settings, [one], tapped, process, shown, 0)
 
     return step

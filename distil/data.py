@@ -47,7 +47,6 @@ class Images(NamedTuple):
     images: "np.ndarray | shards.Rows"  # (N, C, H, W) uint8; latents of image and mirror image (N, 2, C, H, W) float32
     labels: np.ndarray | None  # (N,) int64 class numbers from 0, or None
     name: str
-    flip: bool  # may a training step mirror these images left to right?
     record: dict[str, Any] | None = None  # how latents were made, see `latents.encode`; None for pixels
     captions: "tuple[shards.Embeddings, ...]" = ()  # of latents that were made with captions
     fingerprint: str = ""  # changes with the images, their order and their labels
@@ -128,7 +127,7 @@ def _digits(ask: Request) -> Images:
     part = {"train": order[:DIGITS_TRAIN], "test": order[DIGITS_TRAIN:], "all": order}[ask.split]
     images, labels = images[part], digits.target[part].astype(np.int64)
     about = machine.digest(np.ascontiguousarray(images), labels)
-    return Images(images, labels, ask.name, flip=False, fingerprint=about)  # a mirrored 2 is no digit
+    return Images(images, labels, ask.name, fingerprint=about)
 
 
 def _folder(ask: Request, wanted: Sequence[str] = ()) -> Images:
@@ -241,7 +240,7 @@ def _cifar10(ask: Request) -> Images:
     images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
     labels = np.concatenate([part.targets for part in parts]).astype(np.int64)
     images = np.ascontiguousarray(images)
-    return Images(images, labels, ask.name, True, fingerprint=machine.digest(images, labels))
+    return Images(images, labels, ask.name, fingerprint=machine.digest(images, labels))
 
 
 def _latents(ask: Request) -> Images:
@@ -272,7 +271,7 @@ def _latents(ask: Request) -> Images:
     if ask.image_size not in (None, size):
         raise ValueError(f"{folder} has images of {size} pixels, not of {ask.image_size}: use --image-size {size}")
     about = machine.digest(latents.seals(), *(kind.bits.seals() for kind in captions), labels_of(labels))
-    return Images(latents, labels, ask.name, True, record, captions, about)
+    return Images(latents, labels, ask.name, record, captions, about)
 
 
 def _one_per_file(ask: Request) -> Images:
@@ -295,7 +294,7 @@ def _one_per_file(ask: Request) -> Images:
     latents = shards.OnTheFly(names, numbers, lambda name: np.load(features / name).reshape(shape), shape, "float32")
     record = {"vae": None, "count": len(names), "size": list(shape[1:])}
     about = machine.digest(repr(names).encode("utf-8", "surrogateescape"), labels_of(numbers))
-    return Images(latents, numbers, ask.name, True, record, fingerprint=about)
+    return Images(latents, numbers, ask.name, record, fingerprint=about)
 
 
 def labels_of(labels: np.ndarray | None) -> bytes:
@@ -460,7 +459,7 @@ def _decoded(
         machine.note(f"{name}: it would take {size / 1e9:.0f} GB, so images are decoded whenever they are used")
         names = repr(items).encode("utf-8", "surrogateescape")
         about = machine.digest(names, labels_of(labels))
-        return Images(shards.OnTheFly(items, labels, decode_item, shape), labels, ask.name, True, fingerprint=about)
+        return Images(shards.OnTheFly(items, labels, decode_item, shape), labels, ask.name, fingerprint=about)
     stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
     key = (RECIPE, shards.SHARD, face, [str(file) for file in files], stamps, items)
     entry = _entry(ask, f"{name}-{ask.image_size}x{ask.image_size}x{ask.channels}", key)
@@ -476,7 +475,7 @@ def _decoded(
         machine.note(f"{count}: {next(iter(pixels.unreadable.values()))} ... see {pixels.log}")
     images = shards.Shards(entry, "images", (len(items), *shape))
     about = machine.digest(images.seals(), labels_of(labels))
-    return Images(images, labels, ask.name, True, fingerprint=about)
+    return Images(images, labels, ask.name, fingerprint=about)
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:

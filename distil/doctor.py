@@ -52,7 +52,7 @@ class Case(NamedTuple):
     x0: Tensor  # (N, C, H, W), images to fit on
     cond: dict[str, Tensor]  # what networks are told of these, (N, ...) each
     real: data.Images  # to compare samples with
-    digits: bool  # whether these are digits
+    classifier: metrics.DigitClassifier | None  # the ruler of digits; of other images there is none
     count: int  # samples of each network
     sampler: dict[str, Any]  # arguments of `sample.sample`
 
@@ -72,13 +72,12 @@ class Case(NamedTuple):
         real, vae = self.real.images[:50_000], self.sampler["vae"]
         if vae is not None:
             real = sample.decoded(vae, self.real, self.count)
-        classifier = metrics.digit_classifier(real.shape[2]) if self.digits else None
         labels = sample.classes_in_turn(self.teacher, self.count).get("y")
         rows, samples = [], {}
         for name, net, about, process in [Way("teacher", self.teacher, {"method": "teacher"}, self.own), *ways]:
             changes = {"net": net, "process": process or self.sampler["process"], "label": f"sampling {name}"}
             samples[name] = sample.sample(n=self.count, **{**self.sampler, **changes})
-            scores = metrics.score(samples[name], samples["teacher"], real, classifier, labels)
+            scores = metrics.score(samples[name], samples["teacher"], real, self.classifier, labels)
             rows.append({**about, "parameters": metrics.parameters(net), **scores})
         return rows, samples
 
@@ -117,8 +116,9 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     x0 = data.to_float(pixels) if pixels.dtype == torch.uint8 else pixels[:, 0]  # of latents, those not mirrored
     cond = {key: known[key].to(device) for key in teacher.conditions}
     folders = {folder.name: folder for folder in folders.values()}
-    return Case(students, folders, teacher, own, process, clamped, x0.to(device), cond, real, dataset == "digits",
-                job.count, sampler)  # fmt: skip
+    classifier = metrics.digit_classifier(real.shape[2]) if dataset == "digits" else None
+    return Case(students, folders, teacher, own, process, clamped, x0.to(device), cond, real, classifier, job.count,
+                sampler)  # fmt: skip
 
 
 def run_of(folder: Path) -> Path | None:

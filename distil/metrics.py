@@ -100,26 +100,13 @@ class DigitClassifier(nn.Module):
         return self(images).argmax(1)  # (N,), the most likely digits
 
 
-def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps: int = 400) -> DigitClassifier:
-    """The ruler of `frechet_digits`: trained once on the digits' train split (seconds), afterwards read from `cache`.
-    Its seeds are fixed: a ruler must not change with what it measures. Its accuracy is that on the test split."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
-    # v1: count up when the network or its training changes
-    path = Path(cache) / f"digit-classifier-{image_size}-{steps}-v1.safetensors"
+def fit_classifier(train: data.Images, test: data.Images, steps: int = 400) -> DigitClassifier:
+    """A classifier of gray images of digits with labels, its accuracy that on `test`. Its seeds are fixed: a ruler must
+    not change with what it measures."""
+    images, labels = torch.tensor(train.images), torch.tensor(train.labels)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(0)
         net = DigitClassifier()
-        try:
-            with safe_open(path, "pt") as file:
-                net.accuracy = float(file.metadata()["accuracy"])
-            net.load_state_dict(read_weights(path))
-            return net.eval()
-        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError, ValueError):
-            pass  # there is none, or not a whole one: it is made anew
-        train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
-        images, labels = torch.tensor(train.images), torch.tensor(train.labels)
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
         for _ in machine.progress_bar(range(steps), desc="digit classifier", leave=False):
@@ -130,7 +117,28 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
             loss.backward()
             optimizer.step()
             rate.step()
-    net.eval().accuracy = np.mean(net.predict(test.images).numpy() == test.labels).item()
+    net.eval().accuracy = np.mean(net.predict(torch.tensor(test.images)).numpy() == test.labels).item()
+    return net
+
+
+def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps: int = 400) -> DigitClassifier:
+    """The ruler of `frechet_digits`: fitted once to the digits' train split (seconds), later read from `cache`."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    # v1: count up when the network or its training changes
+    path = Path(cache) / f"digit-classifier-{image_size}-{steps}-v1.safetensors"
+    try:
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            net = DigitClassifier()
+        with safe_open(path, "pt") as file:
+            net.accuracy = float(file.metadata()["accuracy"])
+        net.load_state_dict(read_weights(path))
+        return net.eval()
+    except (OSError, SafetensorError, RuntimeError, TypeError, KeyError, ValueError):
+        pass  # there is none, or not a whole one: it is made anew
+    train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
+    net = fit_classifier(train, test, steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     with machine.whole(path) as part:
         save_file(net.state_dict(), part, metadata={**sealed(net.state_dict()), "accuracy": repr(net.accuracy)})

@@ -66,15 +66,15 @@ def batches(
     """
     rank, world = (0, 1) if whole else rank_and_world()
     rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
-    flip = images.flip and not whole
+    settings = replace(settings, flip=settings.flip and not whole)
     with contextlib.closing(data.batches(images, settings.batch_size, settings.seed, start, rows=rows)) as stream:
         for step, (pixels, cond) in enumerate(stream, start):
-            yield draw(settings, pixels, cond, process, net, step, flip, rows)
+            yield draw(settings, pixels, cond, process, net, step, rows)
 
 
 def draw(
     settings: Settings, pixels: Tensor, cond: dict[str, Tensor], process: Process, net: Network, step: int,
-    flip: bool, rows: slice = slice(None),
+    rows: slice = slice(None),
 ) -> Batch:  # fmt: skip
     """The `rows` of the batch of a step: images in [-1, 1] or latents, noise, times, conditions.
 
@@ -88,7 +88,7 @@ def draw(
         return torch.rand(settings.batch_size, generator=generator, device=device)[rows]
 
     pixels = pixels.to(device, non_blocking=True)
-    mirrored = uniform() < 0.5 if flip else torch.zeros(len(pixels), dtype=torch.bool, device=device)  # (B,)
+    mirrored = uniform() < 0.5 if settings.flip else torch.zeros(len(pixels), dtype=torch.bool, device=device)  # (B,)
     if pixels.dtype == torch.uint8:  # of latents the mirror images are there
         pixels = data.to_float(torch.stack([pixels, pixels.flip(-1)], dim=1))  # (B, 2, C, H, W)
     x0 = pixels[torch.arange(len(pixels), device=device), mirrored.long()]  # (B, C, H, W)
@@ -389,7 +389,7 @@ def pretended(settings: Settings) -> data.Images | None:
         return None
     n = len(data.image_files(Path(settings.data))) if settings.dataset in SIZES else 10
     pixels = np.broadcast_to(np.uint8(0), (n, channels or 3, settings.image_size, settings.image_size))
-    return data.Images(pixels, np.arange(n) % 10, settings.dataset, flip=False)
+    return data.Images(pixels, np.arange(n) % 10, settings.dataset)
 
 
 # ---- What an earlier run left ----------------------------------------------------------------------------------------
@@ -526,8 +526,9 @@ def teacher_settings(settings: Settings) -> Settings:
     own |= {"lambda_diff": 1.0}
     given = {name: getattr(settings, name) for name in sorted(SHAPE)}
     own |= {name: value for name, value in given.items() if value is not None}
-    usual = preset(settings.dataset, settings.prune, settings.arch, settings.fold_steps)  # only others are named
-    own |= {name: value for name in ("ema_warmup", "timesteps") if (value := getattr(settings, name)) != usual[name]}
+    usual = preset(settings.dataset, settings.prune, settings.arch, settings.fold_steps)
+    given = {name: getattr(settings, name) for name in ("ema_warmup", "timesteps", "flip")}
+    own |= {name: value for name, value in given.items() if value != usual[name]}  # only others are named
     key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")

@@ -80,7 +80,7 @@ PAPER = {
     "feat_stages": 0, "lr": 2e-4, "weight_decay": 0.0, "warmup": 0, "decay": "constant", "lr_end": 0.0,
     "importance": "taylor", "depth_method": "uniform", "depth_steps": 1000, "init": "teacher", "caption_dropout": 0.0,
     "eval_samples": 0, "sample_steps": 100, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "clip_x0": False,
-    "norm_groups": "keep", "ema_warmup": False, "timesteps": "antithetic",
+    "norm_groups": "keep", "ema_warmup": False, "timesteps": "antithetic", "flip": True,
     "sampler": "ddim", "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128,
 }  # fmt: skip
 CELEBA = PAPER | {
@@ -109,7 +109,7 @@ BK_SDM = PAPER | {"dataset": "latents", "arch": "sd", "process": "sd", "constant
 # lambdas, clip 1.0; how long and how fast they learn fits a CPU.
 DIGITS = {"dataset": "digits", "image_size": 8, "warmup": 50, "decay": "cosine", "lr_end": 0.0, "ema": 0.99,
           "dropout": 0.0, "sample_steps": 50, "teacher": "train", "channels": 64, "timesteps": "antithetic",
-          "ema_warmup": True}  # fmt: skip
+          "ema_warmup": True, "flip": False}  # a mirrored 2 is no digit # fmt: skip
 
 # What a line leaves open (None) is chosen by whether there is a GPU and by the number of images: the first row of SIZES
 # that fits. Teachers of 32 and 64 channels have 8 channels a group, so that a tenth of them can stay.
@@ -259,6 +259,7 @@ class Settings:
     teacher_norm_groups: int | None = option(None, "unet: groups of its norms; of about 4 channels", int, low=1)
     process: str | None = option(None, "of time: what is predicted, noise, v or velocity", choices=tuple(PROCESSES))
     steps: int | None = option(None, "distillation steps", int, low=1)
+    flip: bool | None = option(None, "mirror half of the images of a step, left to right; not of digits", bool)
     batch_size: int | None = option(None, "images per step, over all processes", int, low=1, high=10**6)
     lr: float | None = option(None, "learning rate of Adam", float, above=0)
     weight_decay: float | None = option(None, "of AdamW; with 0 it is Adam", float, low=0)

@@ -281,7 +281,7 @@ def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypat
 def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     inside = open_case(Path("runs/tiny/student/none-0"), sample.Flags(), n=10)
-    assert inside.x0.shape == (10, 1, 8, 8) and inside.digits and len(inside.real.images) == 1500
+    assert inside.x0.shape == (10, 1, 8, 8) and inside.classifier and len(inside.real.images) == 1500
     assert len(inside.times) == 3  # as the run samples
     rows = np.linspace(0, 296, 10).round().astype(int)
     assert torch.equal(inside.x0, data.to_float(data.load("digits", split="test").images[rows]))

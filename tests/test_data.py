@@ -103,7 +103,7 @@ def test_digits_are_the_real_ones_split_by_the_seed():
 
     source = load_digits()
     train, test, everything = (load("digits", split=split, seed=3) for split in ("train", "test", "all"))
-    assert everything.images.shape == (1797, 1, 8, 8) and not everything.flip
+    assert everything.images.shape == (1797, 1, 8, 8)
     assert (everything.images.dtype, everything.labels.dtype) == (np.uint8, np.int64)
     expected = sorted(zip((source.images * 255 / 16).round().astype(np.uint8).tolist(), source.target, strict=True))
     assert sorted(zip(everything.images[:, 0].tolist(), everything.labels, strict=True)) == expected
@@ -128,7 +128,7 @@ def test_digits_at_16():
 def test_folder_reads_every_kind_of_image(folder, read):
     found = read(folder)
     images = found.images[:]  # in the order a, b, c, deep/d, deep/er/e, f
-    assert found.images.shape == (6, 3, 8, 8) and found.shape == (3, 8, 8) and found.flip and found.labels is None
+    assert found.images.shape == (6, 3, 8, 8) and found.shape == (3, 8, 8) and found.labels is None
     assert images.dtype == found.images.dtype == np.uint8
     np.testing.assert_array_equal(images[0], np.broadcast_to(np.reshape([255, 0, 0], (3, 1, 1)), (3, 8, 8)))
     np.testing.assert_array_equal(images[1, 0], images[1, 2])
@@ -407,8 +407,8 @@ def grays(images):
 def test_celeba_is_cut_to_the_face_and_split_by_its_partition(here, capsys):
     files = celeba(here / "files")
     for split, members in {"train": [0, 3, 4], "test": [2, 5], "all": [0, 1, 2, 3, 4, 5]}.items():
-        images, labels, _, flip, *_ = load("celeba", files, split=split)
-        assert images.shape == (len(members), 3, 64, 64) and grays(images) == members and labels is None and flip
+        images, labels, *_ = load("celeba", files, split=split)
+        assert images.shape == (len(members), 3, 64, 64) and grays(images) == members and labels is None
         said = capsys.readouterr().err
         assert f"img_align_celeba and list_eval_partition.txt in {files}, {len(members)} images in the {split}" in said
     picture(218, 178).save(files / "img_align_celeba" / "000004.jpg", quality=100)
@@ -533,10 +533,10 @@ def lsun(here):
 
 
 def test_lsun_from_its_lmdb(lsun, capsys):
-    images, labels, name, flip, *_ = load("lsun_bedroom", lsun, image_size=8)
+    images, labels, name, *_ = load("lsun_bedroom", lsun, image_size=8)
     assert images.shape == (200, 3, 8, 8)
     assert images[:][:, 0, 4, 4].tolist() == [22 if i == 21 else i for i in range(200)]
-    assert (labels, name, flip) == (None, "lsun_bedroom", True)
+    assert (labels, name) == (None, "lsun_bedroom")
     recognised, *_, replaced = capsys.readouterr().err.splitlines()
     assert "200 images in the lmdb" in recognised
     assert "1 of 200 images are unreadable" in replaced and "00015" in replaced
@@ -616,9 +616,9 @@ def cifar(here, monkeypatch):
 
 def check_cifar(given=None):
     for split, members in {"train": range(20), "test": range(20, 24), "all": range(24)}.items():
-        images, labels, _, flip, *_ = load("cifar10", given, split=split)
+        images, labels, *_ = load("cifar10", given, split=split)
         assert images.shape == (len(members), 3, 32, 32)
-        assert (images.dtype, labels.dtype, flip) == (np.uint8, np.int64, True)
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
         assert (images == np.stack([np.reshape([i, 100, 200], (3, 1, 1)) for i in members])).all()
         assert labels.tolist() == [i % 10 for i in members]
 
@@ -783,18 +783,18 @@ class Slow:
 def test_an_error_of_a_prefetched_batch_comes_when_that_batch_is_due(monkeypatch):
     monkeypatch.setattr(data, "WORKERS", 1)
     source, before = Slow(failing=3), threads()
-    stream = batches(Images(source, None, "slow", False), 2, seed=0)
+    stream = batches(Images(source, None, "slow"), 2, seed=0)
     assert next(stream)[0].shape == next(stream)[0].shape == (2, 1, 2, 2)
     with pytest.raises(OSError, match="the disk is gone"):
         next(stream)
     assert not threads() - before
     with pytest.raises(ValueError, match="batch_indices needs"):
-        next(batches(Images(source, None, "slow", False), 0, seed=0))
+        next(batches(Images(source, None, "slow"), 0, seed=0))
 
 
 def test_prefetching_is_a_few_batches_ahead_and_no_more():
     source = Slow()
-    stream = batches(Images(source, None, "slow", False), 2, seed=0)
+    stream = batches(Images(source, None, "slow"), 2, seed=0)
     next(stream)
     deadline = time.monotonic() + 10
     while len(source.asked) < 4 and time.monotonic() < deadline:

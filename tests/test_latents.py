@@ -71,7 +71,7 @@ def workspace(made, tmp_path, monkeypatch):
 
 def test_latents_are_those_of_the_vae(workspace):
     latents = data.load("latents", "latents")
-    assert latents.images.shape == (21, 2, 4, 8, 8) and latents.shape == (4, 8, 8) and latents.flip
+    assert latents.images.shape == (21, 2, 4, 8, 8) and latents.shape == (4, 8, 8)
     assert latents.images[:].dtype == latents.images.dtype == np.float32 and latents.no_condition is None
     assert (latents.record["vae"], latents.record["image_size"], latents.record["shard"]) == ("vae", 16, 8)
     files = sorted(Path("images").rglob("*.png"))

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def some_latents(n=24) -> data.Images:
     generator = np.random.default_rng(0)
     latents = generator.standard_normal((n, 2, 4, 8, 8), np.float32)
-    return data.Images(latents, np.arange(n) % 2, "latents", True)
+    return data.Images(latents, np.arange(n) % 2, "latents")
 
 
 def a_run(settings: Settings, images: data.Images) -> Run:
@@ -55,7 +55,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
 
     def drawn(seed, step, rows=slice(None)):
         cond = {"y": labels[rows], "unused": labels}
-        batch = draw(Settings(seed=seed), pixels[rows], cond, DDPM(), net, step, flip=True, rows=rows)
+        batch = draw(Settings(seed=seed, flip=True), pixels[rows], cond, DDPM(), net, step, rows=rows)
         assert torch.equal(batch.x_t, DDPM().add_noise(batch.x0, batch.noise, batch.t))
         assert torch.equal(batch.target, batch.noise)
         return [*batch[:5], batch.cond["y"]]
@@ -71,7 +71,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
     assert 4 < dropped.sum() < 28 and torch.equal(whole[5][~dropped], labels[~dropped])
     mirrored = whole[0][:, 0, 0, 0] > whole[0][:, 0, 0, -1]
     assert 4 < mirrored.sum() < 28 and whole[0].abs().max() <= 1
-    batch = draw(Settings(), pixels, {"y": labels}, DDPM(), a_unet(), 0, flip=False)
+    batch = draw(Settings(), pixels, {"y": labels}, DDPM(), a_unet(), 0)
     assert torch.equal(batch.x0, data.to_float(pixels)) and batch.cond == {}
     part = prepare.Batch(*whole[:5], {"y": whole[5]}).part(slice(3, 5))
     assert all(equal([x[3:5] for x in whole], [*part[:5], part.cond["y"]]))
@@ -82,7 +82,7 @@ def test_a_step_sees_the_latents_of_images_and_mirror_images(monkeypatch):
     net = prepare.new_network(settings, latents)
     assert (net.shape, net.num_classes, len(net.blocks)) == ((4, 8, 8), 2, 12)
     pixels, cond = next(data.batches(latents, 64, 0))
-    batch = draw(settings, pixels, cond, DDPM(), net, 0, flip=True)
+    batch = draw(settings, pixels, cond, DDPM(), net, 0)
     sides = [[torch.equal(x, side) for side in pair] for x, pair in zip(batch.x0, pixels, strict=True)]
     assert all(a != b for a, b in sides) and 10 < sum(b for _, b in sides) < 54
     assert set(batch.cond["y"].tolist()) == {0, 1, 2}  # 2: no class
@@ -135,7 +135,7 @@ def on_gpu(monkeypatch):
 
 
 def gray(size: int, channels: int = 1) -> data.Images:
-    return data.Images(np.zeros((8, channels, size, size), np.uint8), None, "folder", True)
+    return data.Images(np.zeros((8, channels, size, size), np.uint8), None, "folder")
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_a_student_starts_as_the_settings_say(net):
                                                        (6 / 7, 4, 101_405_984)])  # fmt: skip
 def test_the_students_of_table_3_have_their_published_size(prune, depth, count):
     settings = Settings(dataset="imagenet", prune=prune, depth_method="uniform")
-    latents = data.Images(np.zeros((1, 2, 4, 32, 32), np.float32), np.zeros(1, np.int64), "imagenet", True)
+    latents = data.Images(np.zeros((1, 2, 4, 32, 32), np.float32), np.zeros(1, np.int64), "imagenet")
     with torch.device("meta"):
         teacher = prepare.new_network(settings, latents)
     (student,) = smaller(a_run(settings, latents), teacher, DDPM(), None)
@@ -432,7 +432,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_alone_and_a_wrong_one_refu
 
 
 def images_of(n: int = 8, **more) -> data.Images:
-    return data.Images(np.zeros((n, 1, 8, 8), np.uint8), None, "folder", True, **more)
+    return data.Images(np.zeros((n, 1, 8, 8), np.uint8), None, "folder", **more)
 
 
 class OtherVae:

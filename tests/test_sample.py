@@ -146,7 +146,7 @@ def test_decoded_shows_latents_evenly_spaced():
 
     latents = np.arange(70, dtype=np.float32).reshape(70, 1, 1, 1, 1) * np.ones((1, 2, 4, 2, 2), np.float32)
     latents[:, 1] = -1  # the mirror images
-    shown = sample.decoded(Vae(), data.Images(latents, None, "latents", False), 8)
+    shown = sample.decoded(Vae(), data.Images(latents, None, "latents"), 8)
     assert shown.shape == (8, 3, 2, 2) and shown.dtype == np.uint8
     assert (np.diff(shown[:, 0, 0, 0].astype(int)) > 0).all() and shown[0].max() == 128
 
