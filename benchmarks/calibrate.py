@@ -8,7 +8,11 @@ OUT/metrics.json has the form of a run's, so `python -m distil.evaluate OUT` pri
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -17,6 +21,30 @@ from distil.calibrate import Calibrated
 from distil.settings import plain
 
 WAYS = {"plain": (False, False), "clip": (False, True), "calibrated": (True, False), "calibrated, clip": (True, True)}
+
+
+def study(case: doctor.Case, kinds: Iterable[str], knots: int | None = None) -> list[doctor.Way]:
+    """Each student of a case in these `WAYS`, fitted at that many timesteps, by default at those of the sampler."""
+    ways = []
+    for name, calibration in case.fit(case.process.timesteps(knots or len(case.times))).items():
+        method, _, seed = name.rpartition("-")
+        for kind in kinds:
+            calibrated, clip = WAYS[kind]
+            net = Calibrated(case.students[name], calibration) if calibrated else case.students[name]
+            label = method if kind == "plain" else f"{method}, {kind}"
+            about = {"method": label, "seed": int(seed)}
+            ways.append(doctor.Way(f"{label}-{seed}", net, about, case.clamped if clip else None))
+    return ways
+
+
+def write(out: Path, run: Path, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor]) -> None:
+    """OUT/metrics.json in the form of a run's, OUT/samples.png of the first seed's students, and a printed table."""
+    found = {"settings": plain(doctor.run_settings(run)), "machine": machine.describe(), "protocol": protocol}
+    out.mkdir(parents=True, exist_ok=True)
+    machine.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
+    first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}
+    report.grid(out / "samples.png", first, lines=1)
+    print(f"{report.table(rows)}\n\n{protocol}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,27 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
 
     flags = sample.Flags(num=given.num, sample_steps=given.sample_steps, teacher=given.teacher)
-    case, ways = doctor.open_case(given.run, flags, n=given.fit), []
-    knots = case.process.timesteps(given.knots or len(case.times))
-    for name, calibration in case.fit(knots).items():
-        method, _, seed = name.rpartition("-")
-        for way in given.ways:
-            calibrated, clip = WAYS[way]
-            net = Calibrated(case.students[name], calibration) if calibrated else case.students[name]
-            label = method if way == "plain" else f"{method}, {way}"
-            about = {"method": label, "seed": int(seed)}
-            ways.append(doctor.Way(f"{label}-{seed}", net, about, case.clamped if clip else None))
-    (teacher, *rows), samples = case.compare(ways)
+    case = doctor.open_case(given.run, flags, n=given.fit)
+    rows, samples = case.compare(study(case, given.ways, given.knots))
     protocol = (
-        f"{given.num} generated, {len(case.times)} steps, {len(knots)} timesteps fitted on {len(case.x0)} held-out "
-        "images; clip: the predicted image is clamped to [-1, 1] at every step"
+        f"{given.num} generated, {len(case.times)} steps, {given.knots or len(case.times)} timesteps fitted on "
+        f"{len(case.x0)} held-out images; clip: the predicted image is clamped to [-1, 1] at every step"
     )
-    given.out.mkdir(parents=True, exist_ok=True)
-    found = {"settings": plain(doctor.run_settings(given.run)), "machine": machine.describe(), "protocol": protocol}
-    machine.write_json(given.out / "metrics.json", {**found, "teacher": teacher, "students": rows}, indent=1)
-    first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}
-    report.grid(given.out / "samples.png", first, lines=1)
-    print(f"{report.table([teacher, *rows])}\n\n{protocol}")
+    write(given.out, given.run, protocol, rows, samples)
     return 0
 
 

@@ -147,9 +147,9 @@ def first_gain(process: Process, t: float) -> float:
 
 
 @torch.no_grad()
-def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> list[list[str]]:
+def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> list[list[float]]:
     """A row for each of these timesteps: t, the mean squared distance of the outputs, its share that a line for each
-    image and channel explains, and the means of |b0| and |b1 - 1|."""
+    image and channel explains, and the means of |b0| and |b1 - 1|, over n images at most."""
     x0, cond = case.x0[:n], {key: value[:n] for key, value in case.cond.items()}
     noise, rows = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0), []
     for t in times:
@@ -160,7 +160,7 @@ def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> 
         parts, total = lift(e_s, e_t), (e_t - e_s).square().mean()
         share = 1 - parts.fine / total.clamp(min=1e-12)
         sizes = total, share, parts.b0.abs().mean(), (parts.b1 - 1).abs().mean()
-        rows.append([f"{t:.0f}", *(f"{value.item():.3f}" for value in sizes)])
+        rows.append([t, *(value.item() for value in sizes)])
     return rows
 
 
@@ -221,7 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, net in case.students.items():
         its, rows = rows[: len(ways[name])], rows[len(ways[name]) :]
         lonely, norms = lonely_norms(net), sum(isinstance(layer, nn.GroupNorm) for layer in net.modules())
-        found = lines(net, case, times[:: max(1, len(times) // 6)])
+        found = [
+            [f"{t:.0f}", *(f"{value:.3f}" for value in sizes)]
+            for t, *sizes in lines(net, case, times[:: max(1, len(times) // 6)])
+        ]
         print(f"\n{name}: {lonely} of {norms} norms have one channel a group, which erases its mean and scale")
         print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
