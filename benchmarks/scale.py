@@ -159,7 +159,7 @@ def first_error(path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     marks = {8: "o", 16: "s", 32: "^"}
     for place, n in enumerate(STEPS, 1):
-        panel = axes(figure, (1, len(STEPS), place), "predicted", "measured" if place == 1 else "", f"{n} steps")
+        panel = axes(figure, (1, len(STEPS), place), "predicted", "measured", f"{n} steps")
         for (size, prune, norms, _), run in results().items():
             for row in run["first_errors"]:
                 if row["steps"] == n:
@@ -168,10 +168,10 @@ def first_error(path: Path) -> None:
                     panel.plot(
                         row["predicted"], row["measured"], marks[size], markersize=4 if prune == 0.9 else 7, **look
                     )
+        low, high = (pick(panel.get_xlim() + panel.get_ylim()) for pick in (min, max))
+        panel.plot([max(low, 1e-3), high], [max(low, 1e-3), high], color="black", linewidth=0.8, linestyle=":")
         for axis in "xy":
             report.log_scale(panel, axis)
-        ends = [max(panel.get_xlim()[0], panel.get_ylim()[0]), min(panel.get_xlim()[1], panel.get_ylim()[1])]
-        panel.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
     for label, look in {
         **{method: {"color": report.COLORS[method], "marker": "o"} for method in METHODS},
         **{f"{size}x{size}": {"color": "gray", "marker": mark} for size, mark in marks.items()},

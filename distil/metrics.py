@@ -103,7 +103,7 @@ class DigitClassifier(nn.Module):
 def fit_classifier(train: data.Images, test: data.Images, steps: int = 400) -> DigitClassifier:
     """A classifier of gray images of digits with labels, its accuracy that on `test`. Its seeds are fixed: a ruler must
     not change with what it measures."""
-    images, labels = torch.tensor(train.images), torch.tensor(train.labels)
+    images, labels = torch.from_numpy(np.array(train.images)), torch.tensor(train.labels)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(0)
         net = DigitClassifier()
@@ -117,7 +117,7 @@ def fit_classifier(train: data.Images, test: data.Images, steps: int = 400) -> D
             loss.backward()
             optimizer.step()
             rate.step()
-    net.eval().accuracy = np.mean(net.predict(torch.tensor(test.images)).numpy() == test.labels).item()
+    net.eval().accuracy = np.mean(net.predict(torch.from_numpy(np.array(test.images))).numpy() == test.labels).item()
     return net
 
 
