@@ -339,7 +339,8 @@ def test_the_extras_that_the_pages_name_exist(wheel):
 
 # the names that packages have for pip, where these are not those of their modules
 PACKAGES = {"PIL": "pillow", "cleanfid": "clean-fid", "sklearn": "scikit-learn", "torch_pruning": "torch-pruning"}
-CHOSEN_BY_THE_USER = {"tensorboard", "wandb", "trackio"}  # --log, which says what to install
+# of --log, which says what to install, and of benchmarks/scale.py, which does too
+CHOSEN_BY_THE_USER = {"tensorboard", "wandb", "trackio", "mlxtend"}
 
 
 def imported(file: Path, *, everywhere: bool) -> set[str]:
