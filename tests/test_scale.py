@@ -32,6 +32,11 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_page_shows_the_table_of_the_committed_results():
+    page = (scale.ROOT / "docs/scale.md").read_text("utf-8")
+    assert scale.table() in page and len(scale.table().splitlines()) > 2 * len(scale.METHODS)
+
+
 def test_the_study_of_sizes_from_images_to_figures(small, capsys):
     assert scale.main(["8", "16", "--seeds", "0", "1", "--figures"]) == 0
     found = scale.results()
@@ -44,6 +49,7 @@ def test_the_study_of_sizes_from_images_to_figures(small, capsys):
         assert sorted({row["method"] for row in run["students"]}) == ways and len(run["students"]) == 8
         assert [row["steps"] for row in run["first_errors"]] == [2, 2, 1, 1]
         assert "6 generated, 3 steps, against 20 training images; fitted on 5 held-out" in run["protocol"]
+    assert [line.split()[1] for line in scale.table().splitlines()[2:]] == ["8x8,", "8x8,", "16x16,", "16x16,"]
     one = found[8, 0.9, "keep", True]["first_errors"]  # the only step of one step: what it says is what comes out
     assert all(row["measured"] >= row["predicted"] > 0 for row in one if row["steps"] == 1)
     for picture in ("scale.png", "first_error.png"):
