@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,11 @@ def first_errors(case: doctor.Case) -> list[dict[str, Any]]:
     return rows
 
 
-def study(size: int, prune: float, norms: str, teacher_seed: int, seeds: tuple[int, ...]) -> None:
-    """Trains, compares, and writes one folder of results."""
+def study(
+    size: int, prune: float, norms: str, teacher_seed: int, seeds: tuple[int, ...], ways: Iterable[str],
+    steps: Iterable[int],
+) -> None:  # fmt: skip
+    """Trains, compares in these ways and, for the first error, with samplers of these steps; writes the results."""
     name = f"{size}-{prune:g}-{norms}" + f"-teacher{teacher_seed}" * (teacher_seed > 0)
     source = images(RUNS / "mnist")
     train_images, held_out = (data.load("folder", source / part, size, channels=1) for part in ("train", "held-out"))
@@ -95,13 +99,13 @@ def study(size: int, prune: float, norms: str, teacher_seed: int, seeds: tuple[i
     ruler = metrics.fit_classifier(train_images, held_out)
     x0 = data.to_float(torch.from_numpy(np.asarray(held_out.images)))[:: len(held_out.images) // FITTED][:FITTED]
     case = case._replace(classifier=ruler, x0=x0)  # (FITTED, 1, size, size)
-    rows, samples = case.compare(calibrate.study(case, calibrate.WAYS))
+    rows, samples = case.compare(calibrate.study(case, ways))
     protocol = (
         f"{SAMPLES} generated, {len(case.times)} steps, against {len(train_images.images):,} training images; fitted "
         f"on {len(x0)} held-out images; digits: a classifier with {ruler.accuracy:.1%} of held-out images right"
     )
     calibrate.write(HERE / name, run, protocol, rows, samples)
-    found = [row for steps in STEPS for row in first_errors(case._replace(sampler=case.sampler | {"steps": steps}))]
+    found = [row for n in steps for row in first_errors(case._replace(sampler=case.sampler | {"steps": n}))]
     file = HERE / name / "metrics.json"
     machine.write_json(file, json.loads(file.read_text("utf-8")) | {"first_errors": found}, indent=1)
 
@@ -203,12 +207,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prune", nargs="+", type=float, default=[0.9], help="shares of the channels [0.9]")
     parser.add_argument("--teacher-seed", type=int, default=0, help="[0]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students [0 1 2]")
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS, help="[both]")
+    parser.add_argument("--ways", nargs="+", choices=calibrate.WAYS, default=list(calibrate.WAYS), help="[all]")
+    parser.add_argument("--first-errors", nargs="+", type=int, default=STEPS, help="of samplers of so many steps")
     parser.add_argument(
         "--figures", action="store_true", help="draw docs/scale.png and docs/first_error.png, print the table"
     )
     given = parser.parse_args(argv)
-    for size, prune, norms in product(given.sizes, given.prune, NORMS):
-        study(size, prune, norms, given.teacher_seed, tuple(given.seeds))
+    for size, prune, norms in product(given.sizes, given.prune, given.norms):
+        study(size, prune, norms, given.teacher_seed, tuple(given.seeds), given.ways, given.first_errors)
     if given.figures:
         print(table())
         by_size(ROOT / "docs" / "scale.png")
