@@ -133,70 +133,70 @@ def table(prune: float = 0.9, first: bool = True, key: str = "frechet_pixels") -
     return report.aligned(lines)
 
 
-def axes(figure: Any, place: tuple[int, int, int], x: str, y: str, title: str) -> Any:
-    """A panel of a figure, in the style of the curves of a run."""
-    made = figure.add_subplot(*place)
-    made.set_title(title, loc="left")
-    made.set(xlabel=x, ylabel=y)
-    made.grid(alpha=0.3, linewidth=0.6)
-    made.spines[["top", "right"]].set_visible(False)
-    return made
+def panels(rows: int, columns: int, height: float, **shared: Any) -> tuple[Any, list[Any]]:
+    """matplotlib's figure and its axes, in the style of the curves of a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for axis in axes:
+        axis.grid(alpha=0.3, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def by_size(path: Path) -> None:
     """Distance against image size, a tenth of the channels and the first teacher: means over seeds, least to most."""
-    from matplotlib.figure import Figure
-
-    figure, names = Figure(figsize=(11, 7), layout="constrained"), {"keep": "norms kept", "scale": "norms scaled"}
+    figure, axes = panels(2, 2, 7, sharey="row")
     scores = {"frechet_pixels": "Frechet px", "teacher_mse": "MSE to the teacher's samples"}
-    for place, ((key, score), norms) in enumerate(product(scores.items(), NORMS), 1):
+    for axis, ((key, score), norms) in zip(axes, product(scores.items(), NORMS), strict=True):
         runs = {one[0]: run for one, run in results().items() if one[1:] == (0.9, norms, True)}
-        panel = axes(figure, (2, 2, place), "", score, names[norms])
         for method, (kind, line) in product(METHODS, {"": "-", ", clip": ":", ", calibrated": "--"}.items()):
-            color = report.COLORS[method]
-            values = [[row[key] for row in run["students"] if row["method"] == method + kind] for run in runs.values()]
+            found = {
+                size: [row[key] for row in run["students"] if row["method"] == method + kind]
+                for size, run in runs.items()
+            }
+            found, color = {size: values for size, values in found.items() if values}, report.COLORS[method]
             name = method if not kind else kind.strip(", ") if method == "place" else None
-            panel.plot(
-                list(runs), [np.mean(v) for v in values], line, marker="o", markersize=4, color=color, label=name
+            means = [np.mean(values) for values in found.values()]
+            axis.plot([*found], means, line, marker="o", markersize=4, color=color, label=name)
+            axis.vlines(
+                [*found], *zip(*((min(v), max(v)) for v in found.values()), strict=True), color=color, alpha=0.3
             )
-            panel.vlines(list(runs), [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.3)
         if key == "frechet_pixels":
-            least = [run["teacher"][key] for run in runs.values()]
-            panel.plot(list(runs), least, "-s", color=report.COLORS["teacher"], label="teacher")
-        panel.set_xscale("log", base=2)
-        report.log_scale(panel)
-        panel.set_xticks(list(runs), [f"{size}x{size}" for size in runs], minor=False)
-    figure.axes[0].legend(frameon=False, ncols=2, fontsize=8)
+            own = [run["teacher"][key] for run in runs.values()]
+            axis.plot([*runs], own, "-s", markersize=4, color=report.COLORS["teacher"], label="teacher")
+        axis.set_title(f"norms {'kept' if norms == 'keep' else 'scaled'}", loc="left")
+        axis.set_ylabel(score)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([*runs], [f"{size}x{size}" for size in runs])
+    for axis in axes[::2]:
+        report.log_scale(axis)
+    axes[1].legend(frameon=False, ncols=2)
     figure.savefig(path, dpi=90)
 
 
 def first_error(path: Path) -> None:
-    """What the error of the first output says of the samples, against how they are: a dot for each student."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    marks = {8: "o", 16: "s", 32: "^"}
-    for place, n in enumerate(STEPS, 1):
-        panel = axes(figure, (1, len(STEPS), place), "predicted", "measured", f"{n} steps")
-        for (size, prune, norms, _), run in results().items():
-            for row in run["first_errors"]:
-                if row["steps"] == n:
-                    color = report.COLORS[row["method"]]
-                    look = {"markerfacecolor": color if norms == "keep" else "none", "color": color, "alpha": 0.8}
-                    panel.plot(
-                        row["predicted"], row["measured"], marks[size], markersize=4 if prune == 0.9 else 7, **look
-                    )
-        low, high = (pick(panel.get_xlim() + panel.get_ylim()) for pick in (min, max))
-        panel.plot([max(low, 1e-3), high], [max(low, 1e-3), high], color="black", linewidth=0.8, linestyle=":")
-        for axis in "xy":
-            report.log_scale(panel, axis)
-    for label, look in {
-        **{method: {"color": report.COLORS[method], "marker": "o"} for method in METHODS},
-        **{f"{size}x{size}": {"color": "gray", "marker": mark} for size, mark in marks.items()},
-        "norms scaled": {"color": "gray", "marker": "o", "markerfacecolor": "none"},
-        "70 % pruned": {"color": "gray", "marker": "o", "markersize": 7},
-    }.items():
-        figure.axes[0].plot([], [], linestyle="", label=label, **{"markersize": 4} | look)
+    """What the error of the first output says of the samples, against how they are: a mark for each student."""
+    found = [(size, norms, row) for (size, _, norms, _), run in results().items() for row in run["first_errors"]]
+    sizes, marks = sorted({size for size, *_ in found}), dict(zip(STEPS, "os^", strict=False))
+    figure, axes = panels(1, len(sizes), 4.2, sharex=True, sharey=True)
+    ends = [pick(row[key] for *_, row in found for key in ("predicted", "measured")) for pick in (min, max)]
+    for axis, size in zip(axes, sizes, strict=True):
+        axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+        for norms, row in [(norms, row) for of, norms, row in found if of == size and row["steps"] in marks]:
+            color = report.COLORS[row["method"]]
+            look = {"color": color, "markerfacecolor": color if norms == "keep" else "none", "markersize": 5}
+            axis.plot(row["predicted"], row["measured"], marks[row["steps"]], **look)
+        axis.set_title(f"{size}x{size}", loc="left")
+        axis.set(xlabel="predicted", ylabel="measured" if axis is axes[0] else "")
+    for axis in "xy":
+        report.log_scale(axes[0], axis)
+    entries = {method: {"color": report.COLORS[method], "marker": "o"} for method in METHODS}
+    entries |= {f"{n} steps": {"color": "gray", "marker": mark} for n, mark in marks.items()}
+    entries["norms scaled"] = {"color": "gray", "marker": "o", "markerfacecolor": "none"}
+    for label, look in entries.items():
+        axes[0].plot([], [], linestyle="", markersize=5, label=label, **look)
     figure.legend(loc="outside right", frameon=False)
     figure.savefig(path, dpi=90)
 
