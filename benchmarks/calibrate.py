@@ -8,7 +8,7 @@ OUT/metrics.json has the form of a run's, so `python -m distil.evaluate OUT` pri
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,19 @@ from distil.settings import plain
 WAYS = {"plain": (False, False), "clip": (False, True), "calibrated": (True, False), "calibrated, clip": (True, True)}
 
 
-def study(case: doctor.Case, kinds: Iterable[str], knots: int | None = None) -> list[doctor.Way]:
+def study(case: doctor.Case, kinds: Sequence[str], knots: int | None = None) -> list[doctor.Way]:
     """Each student of a case in these `WAYS`, fitted at that many timesteps, by default at those of the sampler."""
-    ways = []
-    for name, calibration in case.fit(case.process.timesteps(knots or len(case.times))).items():
+    times, ways = case.process.timesteps(knots or len(case.times)), []
+    fitted = case.fit(times) if any(WAYS[kind][0] for kind in kinds) else {}
+    for name, student in case.students.items():
         method, _, seed = name.rpartition("-")
         for kind in kinds:
             calibrated, clip = WAYS[kind]
-            net = Calibrated(case.students[name], calibration) if calibrated else case.students[name]
             label = method if kind == "plain" else f"{method}, {kind}"
-            about = {"method": label, "seed": int(seed)}
+            net, about = (
+                Calibrated(student, fitted[name]) if calibrated else student,
+                {"method": label, "seed": int(seed)},
+            )
             ways.append(doctor.Way(f"{label}-{seed}", net, about, case.clamped if clip else None))
     return ways
 

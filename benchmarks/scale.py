@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ def first_errors(case: doctor.Case) -> list[dict[str, Any]]:
 
 
 def study(
-    size: int, prune: float, norms: str, teacher_seed: int, seeds: tuple[int, ...], ways: Iterable[str],
-    steps: Iterable[int],
+    size: int, prune: float, norms: str, teacher_seed: int, seeds: tuple[int, ...], ways: Sequence[str],
+    steps: Sequence[int],
 ) -> None:  # fmt: skip
     """Trains, compares in these ways and, for the first error, with samplers of these steps; writes the results."""
     name = f"{size}-{prune:g}-{norms}" + f"-teacher{teacher_seed}" * (teacher_seed > 0)
