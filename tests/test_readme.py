@@ -156,7 +156,8 @@ def test_the_numbers_between_the_tables_are_means_of_committed_runs(capsys):
     section = re.search(r"^## What the loss buys.*?(?=^## )", PAGES[README], re.DOTALL | re.MULTILINE)[0]
     means = set()
     repaired = ("digits8-keep", "digits16-keep", "head8-keep", "head8-keep-head")
-    for name in ("digits8-keep", "digits16-keep", "digits16-scale", *(f"calibrate-{name}" for name in repaired)):
+    runs = ["digits8-keep", "digits16-keep", "digits16-scale", *(f"calibrate-{name}" for name in repaired)]
+    for name in [*runs, *(f"scale/{size}-0.9-keep" for size in (8, 16, 32))]:
         for row in cells(evaluated(f"benchmarks/{name}", capsys)):
             means |= {row[column].split()[0] for column in ("Frechet px", "Frechet digits")}
     shown = re.findall(r"\d+\.\d+", section)
