@@ -32,17 +32,17 @@ def study(case: doctor.Case, kinds: Sequence[str], knots: int | None = None) -> 
         for kind in kinds:
             calibrated, clip = WAYS[kind]
             label = method if kind == "plain" else f"{method}, {kind}"
-            net, about = (
-                Calibrated(student, fitted[name]) if calibrated else student,
-                {"method": label, "seed": int(seed)},
-            )
+            net = Calibrated(student, fitted[name]) if calibrated else student
+            about = {"method": label, "seed": int(seed)}
             ways.append(doctor.Way(f"{label}-{seed}", net, about, case.clamped if clip else None))
     return ways
 
 
-def write(out: Path, run: Path, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor]) -> None:
+def write(
+    out: Path, run: Path, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor], **more: Any
+) -> None:
     """OUT/metrics.json in the form of a run's, OUT/samples.png of the first seed's students, and a printed table."""
-    found = {"settings": plain(doctor.run_settings(run)), "machine": machine.describe(), "protocol": protocol}
+    found = {"settings": plain(doctor.run_settings(run)), "machine": machine.describe(), "protocol": protocol, **more}
     out.mkdir(parents=True, exist_ok=True)
     machine.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
     first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}

@@ -4,16 +4,14 @@ python benchmarks/fold.py        # trains what is missing below runs/fold, write
 """
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
 from distil import machine
-from distil.prepare import prepare
 from distil.settings import Settings
+from notebooks.analysis import finished
 
 PRUNED = {
     "channels": 32,
@@ -23,15 +21,6 @@ PRUNED = {
     "seeds": (0, 1, 2),
     "steps": 300,
 }
-
-
-def finished(name: str, **given) -> dict:
-    """What metrics.json holds of this run below runs/fold, trained, evaluated anew or only read."""
-    with contextlib.redirect_stdout(None):
-        found = train.distil(prepare(Settings(**given, out=f"runs/fold/{name}")))
-    if found is None:
-        raise SystemExit("stopped and saved; the same command goes on")
-    return found
 
 
 def kinds(steps: int) -> dict[str, dict]:
@@ -49,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, given in kinds(steps).items():
             folder = name if name == "pruned" else f"{name} {steps}"
             for clip in (False, True):
-                found = finished(folder.replace(", ", "-").replace(" ", "-"), **given, clip_x0=clip)
+                found = finished(
+                    Settings(**given, clip_x0=clip, out=f"runs/fold/{folder.replace(', ', '-').replace(' ', '-')}")
+                )
                 for row in [*found["students"], *found.get("same_steps", [])]:
                     kept = {key: row.get(key) for key in ("method", "seed", "frechet_pixels", "frechet_digits")}
                     rows.append({"steps": steps, "run": name, "clip_x0": clip, **kept})

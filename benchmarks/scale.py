@@ -10,10 +10,8 @@ of a run's, so `python -m distil.evaluate benchmarks/scale/NAME` prints its tabl
 """
 
 import argparse
-import contextlib
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -26,11 +24,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
 from benchmarks import calibrate
-from distil import data, doctor, machine, metrics, report, sample
-from distil.prepare import prepare
+from distil import data, doctor, metrics, report, sample
 from distil.settings import Settings
+from notebooks.analysis import finished, panels, trend
 
 HERE, RUNS, ROOT = Path(__file__).parent / "scale", Path("runs/scale"), Path(__file__).parents[1]
 METHODS, NORMS, STEPS = ("none", "out", "lift", "place"), ("keep", "scale"), (20, 10, 5)
@@ -60,14 +57,6 @@ def images(folder: Path) -> Path:
     return folder
 
 
-def distilled(**given: Any) -> Path:
-    """The folder of the run of these settings, which is trained where it is not finished."""
-    with contextlib.redirect_stdout(None):
-        if train.distil(prepare(settings := Settings(**given))) is None:
-            raise SystemExit("stopped and saved; the same command goes on")
-    return Path(settings.out)
-
-
 def first_errors(case: doctor.Case) -> list[dict[str, Any]]:
     """Of each student with the sampler of a case: what its first output says of the samples, and how they are.
 
@@ -93,7 +82,8 @@ def study(
     source = images(RUNS / "mnist")
     train_images, held_out = (data.load("folder", source / part, size, channels=1) for part in ("train", "held-out"))
     about = {"data": str(source / "train"), "image_size": size, "prune": prune, "norm_groups": norms}
-    run = distilled(**RECIPE, **about, seed=teacher_seed, seeds=seeds, out=str(RUNS / name))
+    run = RUNS / name
+    finished(Settings(**RECIPE, **about, seed=teacher_seed, seeds=seeds, out=str(run)))
 
     case = doctor.open_case(run, sample.Flags(num=SAMPLES))
     ruler = metrics.fit_classifier(train_images, held_out)
@@ -104,17 +94,15 @@ def study(
         f"{SAMPLES} generated, {len(case.times)} steps, against {len(train_images.images):,} training images; fitted "
         f"on {len(x0)} held-out images; digits: a classifier with {ruler.accuracy:.1%} of held-out images right"
     )
-    calibrate.write(HERE / name, run, protocol, rows, samples)
     found = [row for n in steps for row in first_errors(case._replace(sampler=case.sampler | {"steps": n}))]
-    file = HERE / name / "metrics.json"
-    machine.write_json(file, json.loads(file.read_text("utf-8")) | {"first_errors": found}, indent=1)
+    calibrate.write(HERE / name, run, protocol, rows, samples, first_errors=found)
 
 
 def results() -> dict[tuple[int, float, str, bool], dict[str, Any]]:
     """{(image size, share pruned, norms, the first teacher?): metrics.json} of all folders of results."""
     found = {}
     for file in HERE.glob("*/metrics.json"):
-        size, prune, norms, *other = re.split("-", file.parent.name)
+        size, prune, norms, *other = file.parent.name.split("-")
         found[int(size), float(prune), norms, not other] = json.loads(file.read_text("utf-8"))
     return dict(sorted(found.items()))
 
@@ -133,46 +121,31 @@ def table(prune: float = 0.9, first: bool = True, key: str = "frechet_pixels") -
     return report.aligned(lines)
 
 
-def panels(rows: int, columns: int, height: float, **shared: Any) -> tuple[Any, list[Any]]:
-    """matplotlib's figure and its axes, in the style of the curves of a run."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
-    for axis in axes:
-        axis.grid(alpha=0.3, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def by_size(path: Path) -> None:
     """Distance against image size, a tenth of the channels and the first teacher: means over seeds, least to most."""
-    figure, axes = panels(2, 2, 7, sharey="row")
+    figure, axes = panels(2, 2, width=5.5, height=3.5, sharey="row")
     scores = {"frechet_pixels": "Frechet px", "teacher_mse": "MSE to the teacher's samples"}
-    for axis, ((key, score), norms) in zip(axes, product(scores.items(), NORMS), strict=True):
+    for axis, ((key, score), norms) in zip(axes.flat, product(scores.items(), NORMS), strict=True):
         runs = {one[0]: run for one, run in results().items() if one[1:] == (0.9, norms, True)}
-        for method, (kind, line) in product(METHODS, {"": "-", ", clip": ":", ", calibrated": "--"}.items()):
+        for kind, line in {"": "-", ", clip": ":", ", calibrated": "--"}.items():
             found = {
-                size: [row[key] for row in run["students"] if row["method"] == method + kind]
+                size: {name: [row[key] for row in run["students"] if row["method"] == name + kind] for name in METHODS}
                 for size, run in runs.items()
+                if any(row["method"].endswith(kind) for row in run["students"])
             }
-            found, color = {size: values for size, values in found.items() if values}, report.COLORS[method]
-            name = method if not kind else kind.strip(", ") if method == "place" else None
-            means = [np.mean(values) for values in found.values()]
-            axis.plot([*found], means, line, marker="o", markersize=4, color=color, label=name)
-            axis.vlines(
-                [*found], *zip(*((min(v), max(v)) for v in found.values()), strict=True), color=color, alpha=0.3
-            )
+            for method in METHODS:
+                name = method if not kind else kind.strip(", ") if method == "place" else None
+                trend(axis, found, [method], linestyle=line, markersize=4, label=name)
         if key == "frechet_pixels":
             own = [run["teacher"][key] for run in runs.values()]
             axis.plot([*runs], own, "-s", markersize=4, color=report.COLORS["teacher"], label="teacher")
-        axis.set_title(f"norms {'kept' if norms == 'keep' else 'scaled'}", loc="left")
+        axis.set_title(f"norms {'kept' if norms == 'keep' else 'scaled'}")
         axis.set_ylabel(score)
         axis.set_xscale("log", base=2)
         axis.set_xticks([*runs], [f"{size}x{size}" for size in runs])
-    for axis in axes[::2]:
+    for axis in axes[:, 0]:
         report.log_scale(axis)
-    axes[1].legend(frameon=False, ncols=2)
+    axes[0, 1].legend(ncols=2)
     figure.savefig(path, dpi=90)
 
 
@@ -180,7 +153,8 @@ def first_error(path: Path) -> None:
     """What the error of the first output says of the samples, against how they are: a mark for each student."""
     found = [(size, norms, row) for (size, _, norms, _), run in results().items() for row in run["first_errors"]]
     sizes, marks = sorted({size for size, *_ in found}), dict(zip(STEPS, "os^", strict=False))
-    figure, axes = panels(1, len(sizes), 4.2, sharex=True, sharey=True)
+    figure, axes = panels(1, len(sizes), width=11 / len(sizes), height=4.2, sharex=True, sharey=True, squeeze=False)
+    axes = axes[0]
     ends = [pick(row[key] for *_, row in found for key in ("predicted", "measured")) for pick in (min, max)]
     for axis, size in zip(axes, sizes, strict=True):
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
@@ -188,7 +162,7 @@ def first_error(path: Path) -> None:
             color = report.COLORS[row["method"]]
             look = {"color": color, "markerfacecolor": color if norms == "keep" else "none", "markersize": 5}
             axis.plot(row["predicted"], row["measured"], marks[row["steps"]], **look)
-        axis.set_title(f"{size}x{size}", loc="left")
+        axis.set_title(f"{size}x{size}")
         axis.set(xlabel="predicted", ylabel="measured" if axis is axes[0] else "")
     for axis in "xy":
         report.log_scale(axes[0], axis)
@@ -197,7 +171,7 @@ def first_error(path: Path) -> None:
     entries["norms scaled"] = {"color": "gray", "marker": "o", "markerfacecolor": "none"}
     for label, look in entries.items():
         axes[0].plot([], [], linestyle="", markersize=5, label=label, **look)
-    figure.legend(loc="outside right", frameon=False)
+    figure.legend(loc="outside right")
     figure.savefig(path, dpi=90)
 
 
