@@ -117,7 +117,7 @@ def fit_classifier(train: data.Images, test: data.Images, steps: int = 400) -> D
             loss.backward()
             optimizer.step()
             rate.step()
-    net.eval().accuracy = np.mean(net.predict(torch.from_numpy(np.array(test.images))).numpy() == test.labels).item()
+    net.eval().accuracy = np.mean(net.predict(np.array(test.images)).numpy() == test.labels).item()
     return net
 
 

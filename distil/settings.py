@@ -223,6 +223,7 @@ class Settings:
     data: str | None = option(None, "folder with the data set's files, or of images; alone it means --dataset folder")
     vae: str | None = option(None, "of latents, to look at samples: folder or hub id; else the one that made them")
     image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1, high=4096)
+    flip: bool | None = option(None, "mirror half of the images of a step, left to right; not of digits", bool)
     prune: float = option(
         0.9, "share of each layer's channels, or dit: of the blocks, that goes", float, low=0, below=1
     )
@@ -259,7 +260,6 @@ class Settings:
     teacher_norm_groups: int | None = option(None, "unet: groups of its norms; of about 4 channels", int, low=1)
     process: str | None = option(None, "of time: what is predicted, noise, v or velocity", choices=tuple(PROCESSES))
     steps: int | None = option(None, "distillation steps", int, low=1)
-    flip: bool | None = option(None, "mirror half of the images of a step, left to right; not of digits", bool)
     batch_size: int | None = option(None, "images per step, over all processes", int, low=1, high=10**6)
     lr: float | None = option(None, "learning rate of Adam", float, above=0)
     weight_decay: float | None = option(None, "of AdamW; with 0 it is Adam", float, low=0)
