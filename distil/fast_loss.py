@@ -1,4 +1,4 @@
-"""`place` and `lift` of lift_place.py, the same numbers in about a third of the time and half the memory on a CPU.
+"""`place` and `lift` of lift_place.py, the same numbers in half the memory and less time on a CPU (docs/speed.md).
 
 Training uses these. The derivative is written by hand, so that nothing of the forward pass but a few numbers a group
 is kept; and elements are sorted as integers. What they return cannot be differentiated a second time.
