@@ -157,6 +157,9 @@ class Network(nn.Module):
         """A network of this config that the weights `state` fit, for the meta device."""
         return cls(**config)
 
+    def check_widths(self) -> None:
+        """ValueError if the layers do not fit each other; where the config says every width they always do."""
+
     def like(self, config: dict[str, Any], state: dict[str, Tensor]) -> "Network":
         """An independent network of this kind with other weights; mode and process are those of this one."""
         net = build(type(self), config, state).train(self.training)
@@ -418,13 +421,20 @@ class UNet(Network):
         net.set_norm_groups(config.get("norm_groups", 32))
         if (frequencies := net.temb.dense[0].in_features) != net.config["channels"]:  # pruning never changes it
             raise ValueError(f"temb.dense.0 takes {frequencies} numbers, but the config has {net.config['channels']}")
-        try:  # on the meta device this only compares shapes
-            output = net.eval()(torch.empty(2, *net.shape, device="meta"), torch.empty(2, device="meta"))
+        return net
+
+    @torch.no_grad()
+    def check_widths(self) -> None:
+        side, training = 2 ** (self.levels - 1), self.training  # of the smallest images that it takes
+        x_t = self.conv_in.weight.new_zeros(2, self.shape[0], side, side)  # on the meta device this would take longer
+        try:
+            output = self.eval()(x_t, x_t.new_zeros(2))
         except RuntimeError as error:
             raise ValueError(f"the shapes of the weights do not fit together: {error}") from error
-        if output.shape[1] != net.config["out_channels"]:
-            raise ValueError(f"the weights give {output.shape[1]} channels, the config {net.config['out_channels']}")
-        return net.train()
+        finally:
+            self.train(training)
+        if output.shape[1] != self.config["out_channels"]:
+            raise ValueError(f"the weights give {output.shape[1]} channels, the config {self.config['out_channels']}")
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         """x_t (B, in_channels, H, W), t (B,) integers or floats -> (B, out_channels, H, W); `cond` must be empty."""
@@ -713,6 +723,7 @@ def build(network: type[Network], config: dict[str, Any], state: dict[str, Tenso
         net = network.empty(config, state)
     check_fit(net, state)
     net.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    net.check_widths()
     return net
 
 
