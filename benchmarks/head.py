@@ -61,13 +61,13 @@ class Time(nn.Module):
 
 VARIANTS = {
     "all": Part,
-    "x_t alone": partial(Part, kept=(0, 1, 2)),
-    "e alone": partial(Part, kept=(0, 3, 4)),
+    "x_t": partial(Part, kept=(0, 1, 2)),
+    "e": partial(Part, kept=(0, 3, 4)),
     "means": partial(Part, kept=(0, 1, 3)),
     "deviations": partial(Part, kept=(0, 2, 4)),
     "constants": partial(Part, kept=(0,)),
     "shared": partial(Part, shared=True),
-    "in the time": Time,
+    "time": Time,
 }
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     given, flags = parser.parse_known_args(argv)
     rows, samples = [], {}
     for variant in given.variants:
-        folder = Path("runs/head") / given.out.name / variant.replace(" ", "-")
+        folder = Path("runs/head") / given.out.name / variant
         told = ["--head", "statistics", "--eval-samples", "0", "--lambda-feat", "0", "--out", str(folder)]
         with heads(variant):
             finished(parse([*flags, *told]))
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                 for way in calibrate.study(case, ["plain"])
             ]
             found, drawn = case.compare(ways)
-        rows += found[bool(rows) :]  # the teacher once
+        rows = [found[0], *rows[1:], *found[1:]]  # the teacher's stands first, once
         samples |= drawn
     protocol = f"{given.num} generated, {len(case.times)} steps; a head of its own kind in each row, nothing calibrated"
     calibrate.write(given.out, folder, protocol, rows, samples)
