@@ -61,7 +61,7 @@ def load(where: str | os.PathLike) -> Network:
         if ours is None:
             net = FOREIGN[kind].of(config, {name: x.to(torch.float32, copy=True) for name, x in weights.items()})
         else:
-            net = build(UNet, ours, _unet_names(weights, len(ours["channel_mults"])))
+            net = build(UNet, ours, ddim_names(weights, len(ours["channel_mults"])))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if str(error).startswith(f"{folder} "):
             raise
@@ -194,7 +194,7 @@ def _unet_config(config: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _unet_names(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+def ddim_names(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     """The weights of a UNet2DModel with that many levels, under ddim's names."""
     renamed = {}
     for theirs, tensor in state.items():
