@@ -1,5 +1,6 @@
-"""benchmarks/bench.py: that it runs and says what it promises. Never a time."""
+"""benchmarks/bench.py and its neighbours: that they run and say what they promise. Never a time."""
 
+import copy
 import json
 import re
 import subprocess
@@ -10,7 +11,8 @@ import torch
 from conftest import ROOT, refused
 
 import lift_place
-from benchmarks import bench
+import models
+from benchmarks import bench, head, peers, shares
 
 PAGES = "\n".join(page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 TABLES = re.findall(r"<!-- bench\.py (\S+) (\w+) -->\n(.*?)\n\n", PAGES, re.DOTALL)
@@ -119,3 +121,51 @@ def test_cases_take_turns_after_one_turn_to_warm_up():
     times = bench.seconds({name: lambda name=name: seen.append(name) for name in "abc"}, 2, CPU)
     assert "".join(seen) == "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+# ---- The studies beside it -------------------------------------------------------------------------------------------
+
+
+def test_peers_have_our_weights_and_are_timed_in_small(tmp_path, capsys):
+    for attention in ((), (8,)):
+        torch.manual_seed(0)
+        net = models.UNet(16, **{**bench.TINY, "attention_resolutions": attention}).eval()
+        x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 700])
+        for ours in (net, models.prune_channels(net, 0.5, "random")):
+            with torch.no_grad():
+                torch.testing.assert_close(peers.of_diffusers(ours.eval()).eval()(x_t, t).sample, ours(x_t, t))
+    path = tmp_path / "peers.json"
+    assert peers.main(["--quick", "--threads", "1", "--out", str(path)]) == 0
+    sections = json.loads(path.read_text())["sections"]
+    assert [row["what"] for row in sections["unet_step"]["rows"]] == ["out", "out, diffusers"]
+    assert all(section["rows"] and "error" not in section for section in sections.values())
+    assert "ours_vs_this" in capsys.readouterr().out
+    assert "is no clone of TinyFusion" in refused(peers.main, ["--quick", "--tinyfusion", str(tmp_path)], capsys)
+
+
+def test_the_shares_of_a_run_add_up_in_small(tmp_path):
+    path = tmp_path / "shares.json"
+    assert shares.main(["--quick", "--threads", "1", "--out", str(path)]) == 0
+    for section in json.loads(path.read_text())["sections"].values():
+        assert sum(row["percent"] for row in section["rows"]) == pytest.approx(100)
+        assert all(row["hours"] > 0 for row in section["rows"])
+
+
+@pytest.mark.parametrize("variant", head.VARIANTS)
+def test_a_variant_of_the_head_starts_as_the_identity_and_reads_its_statistics_alone(variant):
+    torch.manual_seed(0)
+    x_t, t = torch.randn(2, 2, 8, 8), torch.tensor([5, 700])
+    plain = models.UNet(8, 2, **bench.TINY).eval()
+    with head.heads(variant), torch.no_grad():
+        net = copy.deepcopy(plain)
+        net.set_head("statistics")
+        output = plain(x_t, t)
+        assert torch.equal(net(x_t, t), output)
+        for p in net.head.parameters():
+            p.copy_(torch.randn_like(p))
+        changed = net(x_t, t) - output
+        assert changed.abs().max() > 1e-3
+        ours = torch.stack([torch.ones(64), output[0, 0].flatten()], dim=1)
+        line = ours @ torch.linalg.lstsq(ours, changed[0, 0].flatten()[:, None]).solution  # (64, 1)
+        rest = (changed[0, 0].flatten() - line[:, 0]).abs().max()
+        assert (rest > 1e-4) == (variant == "time")  # all others add a line
