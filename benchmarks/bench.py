@@ -14,8 +14,6 @@ step runs as released, in float32. Networks have random weights: their speed doe
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
 import math
 import statistics
 import subprocess
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lift_place
 import train
+from benchmarks import official
 from distil import fast_loss, machine
 from distil.metrics import macs
 from distil.prepare import Batch, draw
@@ -110,7 +109,7 @@ class Setup:
         self.teacher = self.new_teacher()
         self.tapped, self.process = Tapped(self.teacher), DDPM()
         self.pixels = torch.randint(0, 256, (4 * self.batch, 3, self.size, self.size), dtype=torch.uint8)
-        self.authors = None if options.official is None else authors(options.official)
+        self.authors = None if options.official is None else official.authors(options.official)
 
     def new_teacher(self) -> UNet:
         """The paper's for CelebA."""
@@ -142,66 +141,6 @@ class Setup:
         """A step of training, from the images on."""
         teacher = self.tapped if any(student.kd.features for student in students) else self.teacher
         train.step(settings, students, teacher, self.process, self.draw(settings), 0)
-
-
-def authors(clone: str) -> SimpleNamespace:
-    """The authors' loss, network, feature loss and weight average, from a clone of their repository."""
-    folder = Path(clone) / "Diff_Pruning_EXP"
-    if not (folder / "functions" / "losses.py").is_file():
-        raise ValueError(f"--official {clone} is no clone of the authors' repository: {folder}/functions is missing")
-    modules = []
-    for name in ("functions/losses", "models/diffusion", "models/ema"):  # by file: `models` is also a name of ours
-        spec = importlib.util.spec_from_file_location(name.replace("/", "_"), folder / f"{name}.py")
-        modules.append(importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(modules[-1])
-    losses, networks, average = modules
-    return SimpleNamespace(losses=losses, Model=networks.Model, EMAHelper=average.EMAHelper)
-
-
-def authors_step(b: Setup) -> Callable[[], None]:
-    """A step as their training loop makes it: the same widths and weights in their network, float32."""
-    teacher, student = (their_network(b, net) for net in (b.teacher, b.pruned(0.9)))
-    teacher, student = teacher.eval(), student.train()
-    ema = b.authors.EMAHelper(mu=0.9999)
-    ema.register(student)
-    batch = b.draw(b.settings())
-    x0, e, t = batch.x0, batch.noise, batch.t
-    adapters = b.authors.losses.FitNetLoss(b.device)
-    adapters.construct_adapter(teacher, student, None, None, x0[:2], t[:2])
-    optimizer = torch.optim.Adam([*student.parameters(), *adapters.parameters()], lr=2e-4)
-
-    def step() -> None:
-        x = b.process.add_noise(x0, e, t)
-        output, theirs, own, their_features = b.authors.losses.hook_forward(student, teacher, x, t)
-        kd = b.authors.losses.LIFT_PLACE(output, theirs, patch_size=16, args=SimpleNamespace(use_l2=False))
-        kd = kd + adapters(own, their_features) * 1e-6
-        (theirs - output).square().sum(dim=(1, 2, 3)).mean(dim=0)  # for their log, in every step
-        loss = (e - output).square().sum(dim=(1, 2, 3)).mean(dim=0) + kd
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        ema.update(student)
-
-    return step
-
-
-def their_network(b: Setup, net: UNet) -> nn.Module:
-    """Their network with the layers of `net`, whose parameters have the same names."""
-    c = net.config
-    model = {"type": "simple", "in_channels": 3, "out_ch": 3, "ch": c["channels"], "ch_mult": c["channel_mults"]}
-    model |= {"num_res_blocks": c["num_res_blocks"], "attn_resolutions": c["attention_resolutions"]}
-    model |= {"dropout": 0.1, "resamp_with_conv": True}
-    config = SimpleNamespace(
-        model=SimpleNamespace(**model),
-        data=SimpleNamespace(image_size=b.size),
-        diffusion=SimpleNamespace(num_diffusion_timesteps=b.process.steps),
-    )
-    theirs = b.authors.Model(config)
-    for name, layer in net.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm):
-            theirs.set_submodule(name, copy.deepcopy(layer))
-    return theirs.to(b.device, memory_format=torch.contiguous_format)
 
 
 # ---- The questions: each function answers one, row by row ------------------------------------------------------------
@@ -298,7 +237,7 @@ def step(b: Setup) -> Iterable[Row]:
         gflop[f"teacher, {precision}"] = 2e-9 * b.batch * macs(b.teacher)
         gflop[f"matrix product, {precision}"] = 2e-9 * n**3
     if b.authors:
-        cases["authors' step, fp32"] = authors_step(b)
+        cases["authors' step, fp32"] = official.step(b)
     took = b.medians(cases)
     for name in cases:
         row = {"what": name, "batch": b.batch, "s": took[name]}

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import train
-from benchmarks import bench
+from benchmarks import bench, official
 from benchmarks.bench import Cases, Row
+from benchmarks.official import package
 from distil import machine, prepare
 from distil.process import make_process
 from distil.settings import Parser, Settings
@@ -113,7 +113,7 @@ def unet_step(b: bench.Setup) -> Iterable[Row]:
     yield from rows(b, cases, b.batch)
     if b.authors:
         settings = b.settings()
-        cases = {"place": partial(b.step, [b.student(settings)], settings), "place, authors": bench.authors_step(b)}
+        cases = {"place": partial(b.step, [b.student(settings)], settings), "place, authors": official.step(b)}
         yield from rows(b, cases, b.batch)
 
 
@@ -135,15 +135,6 @@ def unet_sampling(b: bench.Setup) -> Iterable[Row]:
 
 
 # ---- TinyFusion ------------------------------------------------------------------------------------------------------
-
-
-def package(name: str, file: Path) -> ModuleType:
-    """The module or package of that file, under a name that hides none of ours."""
-    places = [str(file.parent)] if file.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=places)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tinyfusion(clone: str) -> SimpleNamespace:
