@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import models
 from distil import data, importance, machine, teachers, text_to_image
 from distil.fast_loss import place
-from distil.machine import Damaged, find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
+from distil.machine import Damaged, digest, find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
 from distil.process import Process, make_process, process_of
 from distil.settings import EVALUATION, FREE, SD_STUDENTS, SHAPE, SIZES, Settings, flag, once, plain, preset
 from distil.students import autocast
@@ -338,9 +338,9 @@ def outlook(settings: Settings, images: data.Images, teacher: Network, student: 
     """One line on the size of a run, and how to change it."""
     sizes = [sum(p.numel() for p in net.parameters()) for net in (teacher, student)]
     first = "" if trained else f", {settings.teacher_steps:,} steps"
-    size = "x".join(map(str, images.shape))
+    size, count = "x".join(map(str, images.shape)), f"{len(images.images):,} " if images.fingerprint else ""
     return (
-        f"{len(images.images):,} images of {size}; teacher {sizes[0]:,} parameters{first}; students {sizes[1]:,} "
+        f"{count}images of {size}; teacher {sizes[0]:,} parameters{first}; students {sizes[1]:,} "
         f"({sizes[1] / sizes[0]:.1%}), {settings.steps:,} steps of {settings.batch_size} images; other sizes: "
         "--image-size, --channels, --batch-size, --teacher-steps, --steps"
     )
@@ -351,7 +351,7 @@ def sketch(settings: Settings, images: data.Images, teacher: Network | None = No
     with torch.device("meta"):
         teacher = teacher or new_network(settings, images)
     run = Run(settings, torch.device("cpu"), images, *[None] * 4, checkpoint={}, metrics=None)
-    return teacher, SMALLER[teacher.pruning](run, teacher, None, None, 0)
+    return teacher, headed(settings, SMALLER[teacher.pruning](run, teacher, None, None, 0), 0)
 
 
 def dry_run(settings: Settings) -> str:
@@ -381,15 +381,17 @@ def dry_run(settings: Settings) -> str:
 
 
 def pretended(settings: Settings) -> data.Images | None:
-    """Images as those of a run are, without a pixel of them; None for latents that are not there."""
+    """Images as those of a run are, without a pixel of them; None for latents that are not there. Those of a folder are
+    counted, of others there are ten, without a fingerprint."""
     _, _, channels = data.DATASETS[settings.dataset]
     if Path(settings.data or "", data.RECORD).exists():
         return data.load(settings.dataset, settings.data, image_size=settings.image_size)
     if channels is None and settings.dataset not in SIZES:
         return None
-    n = len(data.image_files(Path(settings.data))) if settings.dataset in SIZES else 10
+    names = data.image_files(Path(settings.data)) if settings.dataset in SIZES else []
+    n, known = len(names) or 10, digest("\n".join(names).encode("utf-8", "surrogateescape")) if names else ""
     pixels = np.broadcast_to(np.uint8(0), (n, channels or 3, settings.image_size, settings.image_size))
-    return data.Images(pixels, np.arange(n) % 10, settings.dataset)
+    return data.Images(pixels, np.arange(n) % 10, settings.dataset, fingerprint=known)
 
 
 # ---- What an earlier run left ----------------------------------------------------------------------------------------
@@ -651,10 +653,16 @@ def start_of(run: Run, net: Network, seed: int, process: dict[str, Any]) -> Netw
     if settings.init == "random":
         torch.manual_seed(hash_seed(seed))
         net.reset_parameters()
-    if settings.head is not None and net.head is None:  # a student to start from may bring its own
-        torch.manual_seed(hash_seed(seed))
-        net.set_head(settings.head)
+    headed(settings, net, seed)
     if settings.recompute:
         net.recompute()
     net.set_dropout(settings.dropout)
     return on_device(net, run.device).requires_grad_(True)
+
+
+def headed(settings: Settings, net: Network, seed: int) -> Network:
+    """The student `net` with the head that the settings ask for, or its own: one to start from may bring that."""
+    if settings.head is not None and net.head is None:
+        torch.manual_seed(hash_seed(seed))
+        net.set_head(settings.head)
+    return net
