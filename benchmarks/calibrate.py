@@ -38,6 +38,13 @@ def study(case: doctor.Case, kinds: Sequence[str], knots: int | None = None) -> 
     return ways
 
 
+def open_run(run: Path, flags: sample.Flags, n: int = 300) -> doctor.Case:
+    """The students of a run by method and seed, one alone too, whose folder does not say them."""
+    case, settings = doctor.open_case(run, flags, n=n), doctor.run_settings(run)
+    names = [f"{method}-{seed}" for method in settings.kd for seed in settings.seeds]
+    return case if len(names) > 1 else case._replace(students=dict(zip(names, case.students.values(), strict=True)))
+
+
 def write(
     out: Path, run: Path, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor], **more: Any
 ) -> None:
@@ -63,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
 
     flags = sample.Flags(num=given.num, sample_steps=given.sample_steps, teacher=given.teacher)
-    case = doctor.open_case(given.run, flags, n=given.fit)
+    case = open_run(given.run, flags, given.fit)
     rows, samples = case.compare(study(case, given.ways, given.knots))
     protocol = (
         f"{given.num} generated, {len(case.times)} steps, {given.knots or len(case.times)} timesteps fitted on "

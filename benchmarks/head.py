@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 from benchmarks import calibrate
-from distil import doctor, sample
+from distil import sample
 from distil.settings import parse
 from notebooks.analysis import finished
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         told = ["--head", "statistics", "--eval-samples", "0", "--lambda-feat", "0", "--out", str(folder)]
         with heads(variant):
             finished(parse([*flags, *told]))
-            case = doctor.open_case(folder, sample.Flags(num=given.num))
+            case = calibrate.open_run(folder, sample.Flags(num=given.num))
             ways = [
                 way._replace(
                     name=f"{way.about['method']}, {variant}-{way.about['seed']}",
