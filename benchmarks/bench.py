@@ -374,37 +374,53 @@ def saved(path: Path) -> str:
         raise ValueError(f"{path} is not what bench.py writes") from error
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("bench.py", __doc__)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections [all]")
+def parser_of(program: str, about: str, sections: dict[str, Section], out: str) -> Parser:
+    """The flags of a program that answers these questions."""
+    parser = Parser(program, about)
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), help="sections [all]")
     parser.add_argument("--official", metavar="DIR", help="a clone of the authors' repository [none]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
     parser.add_argument("--threads", type=int, help="threads on a CPU [as torch finds them]")
     parser.add_argument("--repeat", type=int, help="repetitions [5 on a CPU, 30 on a GPU]")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--quick", action="store_true", help="tiny networks, one repetition")
-    parser.add_argument("--out", default="runs/bench.json", help="the JSON [runs/bench.json]")
+    parser.add_argument("--out", default=out, help=f"the JSON [{out}]")
+    return parser
+
+
+def opened(options: argparse.Namespace) -> Setup:
+    """What is measured with these flags; ValueError for those that cannot be."""
+    for name in ("threads", "repeat"):
+        if getattr(options, name) is not None:
+            check(flag(name), getattr(options, name), {"low": 1, "high": 10**4})
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return Setup(options)
+
+
+def answer(options: argparse.Namespace, b: Setup, sections: dict[str, Section]) -> int:
+    """Measures the sections that are asked for. Returns the exit code: 1 if one failed."""
+    path = Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {key: value for key, value in vars(options).items() if key not in ("official", "tinyfusion", "out")}
+    result: Row = {"machine": machine.describe(), "options": about, "official": bool(b.authors), "sections": {}}
+    done = measure(b, {name: sections[name] for name in options.only}, result, path)
+    print(f"\n{result['seconds']} s; all numbers: {path}")
+    return 0 if done else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = parser_of("bench.py", __doc__, SECTIONS, "runs/bench.json")
     parser.add_argument("--show", metavar="FILE", help="measure nothing, print the tables of such a JSON")
     options = parser.parse_args(arguments)
     with machine.refusing("bench.py"):
         if options.show:
             print(saved(Path(options.show)))
             return 0
-        for name in ("threads", "repeat"):
-            if getattr(options, name) is not None:
-                check(flag(name), getattr(options, name), {"low": 1, "high": 10**4})
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        b = Setup(options)
-    path = Path(options.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = {key: value for key, value in vars(options).items() if key not in ("official", "out")}
-    result: Row = {"machine": machine.describe(), "options": about, "official": bool(b.authors), "sections": {}}
+        b = opened(options)
     if b.authors is None:
         print("no --official DIR: nothing to compare with the authors' code")
-    done = measure(b, {name: SECTIONS[name] for name in options.only}, result, path)
-    print(f"\n{result['seconds']} s; all numbers: {path}")
-    return 0 if done else 1
+    return answer(options, b, SECTIONS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The study behind the last tables of docs/calibrate.md: what a head of statistics needs.
+"""The study behind "What the head needs" in docs/calibrate.md.
 
-    python benchmarks/head.py benchmarks/head8 --seeds 0 1                    trains what is missing below runs/head
+    python benchmarks/head.py OUT --seeds 0 1 --steps 600                     trains what is missing below runs/head
     python benchmarks/head.py OUT --variants all shared --data photos --seeds 0 1
 
 Every flag of train.py may follow. Each variant is a head of its own, put in the place of `models.StatisticsHead` while

@@ -10,7 +10,6 @@ as their own training scripts use them, in float32. What is not given is left ou
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterable
@@ -30,14 +29,14 @@ from benchmarks.bench import Cases, Row
 from benchmarks.official import package
 from distil import machine, prepare
 from distil.process import make_process
-from distil.settings import Parser, Settings
+from distil.settings import Settings
 from distil.students import Student, tap
 from distil.teachers import ddim_names
 
 
-def rows(b: bench.Setup, cases: Cases, batch: int, turns: float = 1.0) -> Iterable[Row]:
+def rows(b: bench.Setup, cases: Cases, batch: int) -> Iterable[Row]:
     """Seconds of every case, which take turns; ours stands first of those whose names begin alike."""
-    took = b.medians(cases, turns)
+    took = b.medians(cases)
     first: dict[str, float] = {}
     for name, s in took.items():
         ours = first.setdefault(name.partition(",")[0], s)
@@ -61,7 +60,7 @@ def of_diffusers(net: models.UNet) -> nn.Module:
         block_out_channels=[c["channels"] * mult for mult in c["channel_mults"]], attention_head_dim=None,
         down_block_types=["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
         up_block_types=["AttnUpBlock2D" if attention else "UpBlock2D" for attention in attends[::-1]],
-        norm_num_groups=c["channels"] // 4, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+        norm_num_groups=1, norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
     )  # fmt: skip
     for name, layer in list(theirs.named_modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm):
@@ -89,13 +88,11 @@ def diffusers_step(b: bench.Setup, student: models.UNet) -> Callable[[], None]:
 
     def step() -> None:
         batch = b.draw(b.settings())
-        noise = torch.randn_like(batch.x0)
-        t = torch.randint(0, 1000, (len(noise),), device=noise.device)
-        x_t = scheduler.add_noise(batch.x0, noise, t)
+        x_t = scheduler.add_noise(batch.x0, batch.noise, batch.t)
         with torch.no_grad():
-            target = teacher(x_t, t).sample
-        output = net(x_t, t).sample
-        loss = nn.functional.mse_loss(output, noise) + nn.functional.mse_loss(output, target)
+            target = teacher(x_t, batch.t).sample
+        output = net(x_t, batch.t).sample
+        loss = nn.functional.mse_loss(output, batch.noise) + nn.functional.mse_loss(output, target)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -127,8 +124,7 @@ def unet_sampling(b: bench.Setup) -> Iterable[Row]:
             cases[kind] = partial(b.process.sample, net, (batch, *net.shape), steps)
             pipeline = DDIMPipeline(of_diffusers(net).eval(), DDIMScheduler())
             pipeline.set_progress_bar_config(disable=True)
-            call = partial(pipeline, batch, num_inference_steps=steps, output_type="np")
-            cases[f"{kind}, diffusers"] = call
+            cases[f"{kind}, diffusers"] = partial(pipeline, batch, num_inference_steps=steps, output_type="np")
         for row in rows(b, cases, batch):
             yield row | {"s": row["s"] / steps}
 
@@ -164,10 +160,8 @@ def tinyfusion_step(b: bench.Setup, net: models.DiT, teacher: models.DiT, x0: Te
         block.target_layer = 2 * i + 1
         block.register_forward_hook(keep)
         frozen.blocks[2 * i + 1].register_forward_hook(keep)
-    diffusion, average = (
-        b.tinyfusion.diffusion.create_diffusion(""),
-        copy.deepcopy(student.module).requires_grad_(False),
-    )
+    diffusion = b.tinyfusion.diffusion.create_diffusion("")
+    average = copy.deepcopy(student.module).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-4, weight_decay=0.0)
 
     def step() -> None:
@@ -188,12 +182,9 @@ def tinyfusion_step(b: bench.Setup, net: models.DiT, teacher: models.DiT, x0: Te
 
 def dit_step(b: bench.Setup) -> Iterable[Row]:
     """A step of half the blocks of a DiT-B/2, output and masked features, beside TinyFusion's loop."""
-    sizes = (
-        {"hidden_size": 64, "depth": 2, "num_heads": 2, "input_size": 8}
-        if b.quick
-        else {"hidden_size": 768, "depth": 12, "num_heads": 12}
-    )
-    batch = 2 if b.quick else 4
+    batch, sizes = 4, {"hidden_size": 768, "depth": 12, "num_heads": 12}
+    if b.quick:
+        batch, sizes = 2, {"hidden_size": 64, "depth": 2, "num_heads": 2, "input_size": 8}
     settings = Settings(dataset="imagenet", data="latents", batch_size=batch, prune=0.5, device=str(b.device))
     teacher = models.DiT(**sizes).eval().requires_grad_(False)
     net = teacher.keep_blocks(list(range(1, sizes["depth"], 2))).requires_grad_(True)
@@ -217,24 +208,14 @@ SECTIONS = {f.__name__: f for f in (unet_step, unet_sampling, dit_step)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("peers.py", __doc__)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections [all]")
-    parser.add_argument("--official", metavar="DIR", help="a clone of the authors' repository [none]")
+    parser = bench.parser_of("peers.py", __doc__, SECTIONS, "benchmarks/peers.json")
     parser.add_argument("--tinyfusion", metavar="DIR", help="a clone of TinyFusion's repository [none]")
-    parser.add_argument("--threads", type=int, default=2, help="[2]")
-    parser.add_argument("--repeat", type=int, help="repetitions [5]")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, one repetition")
-    parser.add_argument("--out", default="benchmarks/peers.json", help="the JSON [benchmarks/peers.json]")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     with machine.refusing("peers.py"):
-        torch.set_num_threads(options.threads)
-        b = bench.Setup(argparse.Namespace(**vars(options), device="cpu", compile=False))
+        b = bench.opened(options)
         b.tinyfusion = options.tinyfusion and tinyfusion(options.tinyfusion)
-    about = {key: value for key, value in vars(options).items() if key not in ("official", "tinyfusion", "out")}
-    result: Row = {"machine": machine.describe(), "options": about, "sections": {}}
-    done = bench.measure(b, {name: SECTIONS[name] for name in options.only}, result, Path(options.out))
-    print(f"\n{result['seconds']} s; all numbers: {options.out}")
-    return 0 if done else 1
+    return bench.answer(options, b, SECTIONS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ steps); a batch is of 8 images, as everywhere in bench.py. Images are random, ne
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
@@ -29,7 +28,6 @@ import train
 from benchmarks import bench
 from benchmarks.bench import Row
 from distil import data, evaluate, importance, machine, metrics, prepare
-from distil.settings import Parser
 
 CELEBA, GENERATED = 162_770, 50_000  # images to train on, and to score
 
@@ -110,18 +108,12 @@ SECTIONS = {f.__name__: f for f in (training, scoring)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("shares.py", __doc__)
-    parser.add_argument("--threads", type=int, default=2, help="[2]")
-    parser.add_argument("--repeat", type=int, help="repetitions [5]")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, one repetition")
-    parser.add_argument("--out", default="benchmarks/shares.json", help="the JSON [benchmarks/shares.json]")
+    parser = bench.parser_of("shares.py", __doc__, SECTIONS, "benchmarks/shares.json")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    b = bench.Setup(argparse.Namespace(**vars(options), device="cpu", compile=False, official=None))
-    result: Row = {"machine": machine.describe(), "options": {"threads": options.threads}, "sections": {}}
-    done = bench.measure(b, SECTIONS, result, Path(options.out))
-    print(f"\n{result['seconds']} s; all numbers: {options.out}")
-    return 0 if done else 1
+    with machine.refusing("shares.py"):
+        b = bench.opened(options)
+    return bench.answer(options, b, SECTIONS)
 
 
 if __name__ == "__main__":

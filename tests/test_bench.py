@@ -151,6 +151,9 @@ def test_the_shares_of_a_run_add_up_in_small(tmp_path):
         assert all(row["hours"] > 0 for row in section["rows"])
 
 
+READS = {"x_t": [0, 1, 2], "e": [0, 3, 4], "means": [0, 1, 3], "deviations": [0, 2, 4], "constants": [0]}
+
+
 @pytest.mark.parametrize("variant", head.VARIANTS)
 def test_a_variant_of_the_head_starts_as_the_identity_and_reads_its_statistics_alone(variant):
     torch.manual_seed(0)
@@ -169,3 +172,7 @@ def test_a_variant_of_the_head_starts_as_the_identity_and_reads_its_statistics_a
         line = ours @ torch.linalg.lstsq(ours, changed[0, 0].flatten()[:, None]).solution  # (64, 1)
         rest = (changed[0, 0].flatten() - line[:, 0]).abs().max()
         assert (rest > 1e-4) == (variant == "time")  # all others add a line
+    if variant != "time":
+        net(x_t, t).square().sum().backward()
+        moved = net.head.mlp[2].bias.grad.unflatten(0, (-1, 5, 2)).abs().sum((0, 2))  # (5,), by statistic
+        assert moved.nonzero().flatten().tolist() == READS.get(variant, [0, 1, 2, 3, 4])
