@@ -23,6 +23,7 @@ COLUMNS = {  # of every row of a section
     "students": {"students", "s_per_step", "vs_n_runs"},
     "growth": {"what", "ms"},
     "sampling": {"network", "batch", "images_per_s", "gmacs", "macs_ratio", "speed_up"},
+    "ways": {"what", "s", "speed_up", "first_s"},
     "overhead": {"what", "out_s", "place_s", "overhead_percent"},
 }
 
