@@ -175,9 +175,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def loss(b: Setup) -> Iterable[Row]:
     """Forward and backward of the losses alone, float32, K = 16; peak: memory beyond the two inputs.
 
-    Images, latents of 1024 pixels (Stable Diffusion 3) and of 16 frames of video.
+    Images, latents of 1024 pixels (Stable Diffusion 3) and of 16 frames of video; of 16 pixels, what the calls take.
     """
-    shapes = [(16, 3, 64, 64), (8, 16, 128, 128), (2, 4, 16, 64, 64)] + [(96, 3, 64, 64)] * b.gpu
+    shapes = [(16, 3, 64, 64), (8, 16, 128, 128), (2, 4, 16, 64, 64), (16, 3, 4, 4)] + [(96, 3, 64, 64)] * b.gpu
     for shape in [(2, 3, 16, 16)] if b.quick else shapes:
         pair, losses, l1 = outputs(shape, b.device), dict(LOSSES), SimpleNamespace(use_l2=False)
         if b.authors:

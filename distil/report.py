@@ -246,7 +246,8 @@ def curves(path: Path | str, log: Path | str) -> None:
     for record in machine.read_log(Path(log))[0]:
         students.setdefault(record["student"], {})[record["step"]] = record  # a step that was repeated counts once
 
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    figure = Figure(figsize=(15, 6.5))
+    figure.subplots_adjust(0.05, 0.08, 0.99, 0.95, wspace=0.25, hspace=0.3)  # to find them out would take twice as long
     *axes, last = figure.subplots(2, 4, sharex=True).flat
     handles = {}
     for axis, (key, (title, name, logarithmic)) in zip(axes, PANELS.items(), strict=True):
