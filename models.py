@@ -872,11 +872,14 @@ def regroup(net: Network, channels_per_group: int | dict[str, int]) -> Network:
     or for names that are not those of the norms.
     """
     norms = net.norms()
+    if not norms:
+        raise ValueError(f"regroup takes a network with norms of groups, and a {type(net).__name__} has none")
     wanted = channels_per_group if isinstance(channels_per_group, dict) else dict.fromkeys(norms, channels_per_group)
+    if wanted.keys() != norms.keys():
+        named = ", ".join(wanted) or "none"
+        raise ValueError(f"channels_per_group must name the norms {', '.join(norms)}, not {named}")
     if min(wanted.values()) < 1:
         raise ValueError(f"channels_per_group must be at least 1, not {min(wanted.values())}")
-    if wanted.keys() != norms.keys():
-        raise ValueError(f"channels_per_group must name the norms {', '.join(norms)}, not {', '.join(wanted)}")
     groups = {name: _groups(norm.num_channels, wanted[name]) for name, norm in norms.items()}
     return net.with_groups(groups)
 

@@ -96,13 +96,21 @@ def measure(
     report.grid(folder / "samples.png", samples, report.columns(teacher.num_classes, n), notes=notes)
     sampler = process.sampler
     if others:
-        noise = sample.interpolate(teacher.shape, settings.seed)  # turns from one start to another
-        between = {name: way.process.sample(way.net, noise.shape, way.steps, noise=noise) for name, way in ways.items()}
-        report.grid(folder / "interpolations.png", between)
+        report.grid(folder / "interpolations.png", interpolations(settings, images, ways))
         sampler = f"teacher {sampler}, {ways['teacher'].steps} steps; others {sampler}"
     n_floor = 0 if held_out is None else len(held_out.images)
     found["protocol"] = report.protocol(settings, len(real), n_floor, sampler, tuple(told), classifier)
     return found
+
+
+def interpolations(settings: Settings, images: data.Images, ways: dict[str, Way]) -> dict[str, Tensor]:
+    """Of each way two rows of 16 images, (32, C, H, W): in a row noise turns from one start to another, and what the
+    network is told stays."""
+    net = ways["teacher"].net
+    noise = sample.interpolate(net.shape, settings.seed)  # (32, C, H, W)
+    told = {key: value.repeat_interleave(len(noise) // 2, 0).to(next(net.parameters()).device)
+            for key, value in conditions(net, images, 2).items()}  # fmt: skip
+    return {name: way.process.sample(way.net, noise.shape, way.steps, told, noise=noise) for name, way in ways.items()}
 
 
 def preview(

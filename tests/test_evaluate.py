@@ -82,6 +82,18 @@ def test_students_of_few_steps_stand_beside_their_teacher_in_as_many():
     assert Path("fold/interpolations.png").is_file()
 
 
+def test_between_two_images_the_class_stays(monkeypatch):
+    monkeypatch.setattr(metrics, "macs", lambda net: 0)  # asks networks without numbers
+    torch.manual_seed(0)
+    nets = [DiT(8, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10).eval() for _ in range(2)]
+    told, forward = set(), nets[0].forward
+    nets[0].forward = lambda x_t, t, cond: told.add(tuple(cond["y"].tolist())) or forward(x_t, t, cond)
+    options = {"fold_steps": 5, "sample_steps": 5, "kd": ("out",), "guidance": 2.0}
+    found, _ = measured("told", nets[0], nets[1:], DDPM().fold(5, "last"), **options)
+    assert len(found["same_steps"]) == 2 and Path("told/interpolations.png").is_file()
+    assert (0,) * 16 + (1,) * 16 in told
+
+
 def test_networks_that_are_told_the_class():
     torch.manual_seed(0)
     nets = [DiT(8, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10) for _ in range(2)]

@@ -723,6 +723,8 @@ REFUSED = [
     (partial(PRUNE, 0.5, norm_groups="drop"), '"keep" or "scale"'),
     (partial(prune_channels, nn.Linear(1, 1), 0.5), "not a Linear"),
     (partial(regroup, ON_META, 0), "at least 1, not 0"),
+    (partial(regroup, ON_META, {}), "must name the norms down.0.block.0.norm1, .*, not none"),
+    (partial(regroup, A_DIT(), 4), "norms of groups, and a DiT has none"),
     (partial(regroup, ON_META, {"norm_out": 2}), "must name the norms down.0.block.0.norm1, .*, not norm_out"),
     *[(partial(prune_depth, A_DIT(), keep), "block") for keep in ([], [2, 1], [0, 0], [-1], [6], 0, 7)],
     (partial(ON_META.fit, (3, 8, 8)), r"takes samples of shape \(1, 8, 8\), not \(3, 8, 8\)"),
