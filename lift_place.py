@@ -103,7 +103,7 @@ def place(
     """
     student, teacher = flatten(student, teacher, norm, reduction)  # (B, C, N)
     check_group_size(group_size, student.shape[-1])
-    order = (teacher - student).detach().abs().argsort(-1)  # (B, C, N), sorts as the square does
+    order = (teacher - student).detach().abs().argsort(dim=-1, stable=True)  # (B, C, N), sorts as the square does
     s, t = (x.gather(-1, order).unflatten(-1, (-1, group_size)) for x in (student, teacher))  # (B, C, G, K)
     return _fit(s, t, norm, reduction, eps, ridge, weight)
 

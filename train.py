@@ -8,7 +8,7 @@
 A run reads settings -> data -> teacher (given, cached, or trained first) -> students (pruned from the teacher) ->
 distil -> evaluate, and lives in one folder: config.json, log.jsonl, checkpoint.pt, student/, samples.png, curves.png,
 metrics.json. The same command resumes it. Everything random is a function of (seed, step), so a resumed run equals an
-uninterrupted one, and a run does not depend on how a batch is split over processes (torchrun).
+uninterrupted one, and but for dropout a run does not depend on how a batch is split over processes (torchrun).
 
 Ctrl-C and SIGTERM finish the step, save, and exit with 130 and 143, so that a scheduler may queue the command again;
 once more ends at once. Exit code 2: something cannot be used. 3: a student diverged, it keeps its last finite weights.
@@ -220,18 +220,20 @@ def step(
 
     ws = weights(settings, students, parts, teach, ask, at)
     numbers: list[dict[str, Tensor]] = [{} for _ in students]
-    total = torch.zeros(len(students), device=batch.x_t.device)  # the losses of the whole batch
     for first, part in parts.items():
         theirs, share = teach(first), len(part.t) / n
-        for i, (student, found) in enumerate(zip(students, numbers, strict=True)):
+        for student, found, w in zip(students, numbers, ws, strict=True):
             with timed(student), student.sync(last=first == max(parts)):
                 own = ask(student, first)
-                found["loss"], lines = objective(student.kd, process, part, own, theirs, ws[i], at)
-                student.scaler.scale(found["loss"] * share).backward()
-            total[i] += found["loss"].detach() * share
+                loss, lines = objective(student.kd, process, part, own, theirs, w, at)
+                student.scaler.scale(loss * share).backward()
+            values = {"loss": loss}
             if watched and theirs is not None:
-                found.update(diagnose(student.kd, part, own[0], theirs[0], lines, at))
-    for student, found, loss in zip(students, numbers, mean_over_ranks(total), strict=True):
+                values |= diagnose(student.kd, part, own[0], theirs[0], lines, at)
+            for name, value in values.items():  # means over the whole batch
+                found[name] = found.get(name, 0) + value.detach() * share
+    losses = mean_over_ranks(torch.stack([found["loss"] for found in numbers]))
+    for student, found, loss in zip(students, numbers, losses, strict=True):
         with timed(student):
             found["grad_norm"] = update(settings, student, at, loss)
     return numbers
@@ -454,6 +456,7 @@ def train_teacher(run: Run, process: Process) -> Network:
         say(f"teacher: training one for {settings.steps} steps in {folder}")
         torch.manual_seed(settings.seed)
         net = machine.on_device(new_network(settings, run.images), run.device)
+        net.process = {"name": settings.process}
         student = Student(settings, resolve(settings, "none"), settings.seed, net)
         resume(settings, [student], None, run, process, checkpoint)
         if student.stopped is not None:
@@ -498,7 +501,8 @@ def distil(run: Run) -> dict[str, Any] | None:
     of_time = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "timesteps": settings.timesteps,
                "sampler": settings.sampler}  # fmt: skip
     teacher = run.teacher or train_teacher(run, make_process(settings.process, **of_time))
-    process = process_of(teacher, settings.process, **of_time)
+    teacher.process = {"name": settings.process, **teacher.process}  # its students are saved with it
+    process = process_of(teacher, **of_time)
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients
     own, time = process, teacher.process
     if settings.fold_steps is not None:

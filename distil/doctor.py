@@ -88,7 +88,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
 
     images: a name of `data.DATASETS`, or a folder. ValueError, OSError: what is missing, or does not fit.
     """
-    told = sample.sampler_of([run_of(run) or run], flags)  # as the run sampled, a student in it too
+    told = sample.sampler_of([run], flags)
     job = sample.prepare([run], replace(told, teacher=flags.teacher, no_calibration=True))
     folders, settings, device = sample.find_networks([run]), run_settings(run), machine.find_device(flags.device)
     if settings is None and None in (flags.teacher, images):
@@ -121,18 +121,9 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
                 sampler)  # fmt: skip
 
 
-def run_of(folder: Path) -> Path | None:
-    """The run that `folder` is, or in whose student/ it lies; None for another folder."""
-    for place in (folder, *folder.resolve().parents[:2]):
-        config = place / "config.json"
-        if config.is_file() and "kd" in json.loads(config.read_text("utf-8")):  # the others are of networks
-            return place
-    return None
-
-
 def run_settings(folder: Path) -> Settings | None:
     """The settings of that run."""
-    run = run_of(folder)
+    run = sample.run_of(folder)
     return None if run is None else restored(json.loads((run / "config.json").read_text("utf-8")))
 
 

@@ -64,13 +64,13 @@ def _order(error: Tensor) -> Tensor:
     # floats that are not negative sort as their bits do, and integers sort faster: none of them is NaN
     key = error.abs_().view(torch.int32 if error.dtype == torch.float32 else torch.int64)  # (B, C, N)
     if key.device.type != "cpu" or key.dtype == torch.int64 or key.numel() < RADIX:
-        return key.argsort(-1)
+        return key.argsort(dim=-1, stable=True)
     # one long row of integers is sorted by radix there: join some rows, with the row's number in front of the key
     n, order = key.shape[-1], torch.empty_like(key, dtype=torch.int64)
     together = -(-RADIX // n)
     for rows, out in zip(key.view(-1, n).split(together), order.view(-1, n).split(together), strict=True):
         row = torch.arange(len(rows))[:, None]  # (rows, 1)
-        out.copy_(((row << 31) + rows).flatten().argsort().view(rows.shape) - n * row)
+        out.copy_(((row << 31) + rows).flatten().argsort(stable=True).view(rows.shape) - n * row)
     return order
 
 

@@ -24,7 +24,19 @@ from distil import data, importance, machine, teachers, text_to_image
 from distil.fast_loss import place
 from distil.machine import Damaged, digest, find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
 from distil.process import Process, make_process, process_of
-from distil.settings import EVALUATION, FREE, SD_STUDENTS, SHAPE, SIZES, Settings, flag, once, plain, preset
+from distil.settings import (
+    ARCHS,
+    EVALUATION,
+    FREE,
+    SD_STUDENTS,
+    SHAPE,
+    SIZES,
+    Settings,
+    flag,
+    plain,
+    preset,
+    restored,
+)
 from distil.students import autocast
 from models import (
     DiT,
@@ -213,7 +225,8 @@ def open_network(name: str, settings: Settings) -> Opened | None:
     where = getattr(settings, name)
     if where in ("auto", "train") and settings.arch not in NEW:
         raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
-    if where is None or where == "train" or where in SD_STUDENTS:
+    made = SD_STUDENTS if name == "student" and ARCHS[settings.arch].pruning == "stages" else ()
+    if where is None or where == "train" or where in made:
         return None
     if Path(where).is_file():
         models.read_weights(Path(where))
@@ -461,17 +474,17 @@ def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
     if not all(isinstance(metrics.get(key), kind) for key, kind in kinds.items()):
         raise Damaged(f"{path} is not what train.py writes: {remedy}")
     refuse_other_settings(settings, metrics["settings"], path)
-    now, former = plain(settings), {**once(metrics["settings"]), **metrics["settings"]}
-    return metrics if all(former.get(name) == now[name] for name in EVALUATION) else None
+    now, former = plain(settings), plain(restored(metrics["settings"]))
+    return metrics if all(former[name] == now[name] for name in EVALUATION) else None
 
 
 def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path) -> None:
     """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
     chosen = {"taylor_batch": settings.taylor_batch}  # long ago: a checkpoint brings its own channels
-    now, former = plain(settings), {**once(former), **chosen, **former}
-    differ = [name for name in now if name not in FREE | EVALUATION and now[name] != former.get(name)]
+    now, former = plain(settings), plain(restored({**chosen, **former}))
+    differ = [name for name in now if name not in FREE | EVALUATION and now[name] != former[name]]
     if differ:
-        changes = ", ".join(f"{flag(name)} was {former.get(name)}, is {now[name]}" for name in differ)
+        changes = ", ".join(f"{flag(name)} was {former[name]}, is {now[name]}" for name in differ)
         raise ValueError(f"{path} is of a run with other settings ({changes}): give the former ones, or another --out")
 
 

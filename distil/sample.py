@@ -8,6 +8,7 @@
 Image i of a seed starts from the same noise in every network, so images of two networks can be compared one by one.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +137,8 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
     All processes have to call this. ValueError if the folder holds other samples, OSError if they do not fit on disk.
     """
     folder, (rank, world) = Path(folder), machine.rank_and_world()
-    record = {"n": n, "shape": list(shape), **record, "weights": fingerprint(net.state_dict().values())}
+    own = {"weights": fingerprint(net.state_dict().values()), "time": net.process}
+    record = {"n": n, "shape": list(shape), **record, **own}
     extents = {"samples.npy": (n, *shape), "done.npy": (n,)}
     if rank == 0 and not (folder / "samples.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,8 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
     if world > 1:
         dist.barrier()
     again = "remove its folder and give the same command again"
-    former = {"sampler": "ddim", **machine.read_json(folder / "samples.json", again)}  # once the only one
+    former = {"sampler": "ddim", "time": net.process, "process": record.get("process"),  # older ones do not say these
+              **machine.read_json(folder / "samples.json", again)}  # fmt: skip
     changes = [f"{key} was {former.get(key)}, is {new}" for key, new in record.items() if former.get(key) != new]
     if changes:
         raise ValueError(f"{folder} holds other samples ({', '.join(changes)}): give these settings or another --out")
@@ -175,6 +178,7 @@ def fill(images: np.ndarray, done: np.ndarray, net: Network, process: Process, *
 # What the config.json of a run says of its sampler, and the value where neither a flag nor a run says anything.
 SAMPLER = {"sampler": "ddim", "sample_steps": None, "eta": 0.0, "spacing": "leading", "clip_x0": False, "guidance": 1.0,
            "process": "ddpm", "vae": None, "teacher": None}  # fmt: skip
+ASKED_FOR = ("vae", "teacher")  # where runs differ in these, `prepare` asks for them if they are needed
 
 
 @dataclass(frozen=True)
@@ -215,19 +219,26 @@ class Job(NamedTuple):
     prompts: list[str]  # one for each image; [] for networks that read no text
 
 
-def sampler_of(runs: Sequence[Path], flags: Flags) -> Flags:
-    """The flags with all that was not given filled in: as the runs among these folders sampled, else by SAMPLER.
-    ValueError if the runs did it differently, for then images of their networks could not be compared."""
-    remedy = "it must be the folder of a run or of a network"
-    configs = [machine.read_json(file, remedy) for run in runs for file in run.glob("config.json")]
-    configs = [config for config in configs if "kd" in config]  # the others are of networks
-    found = {}
+def run_of(folder: Path) -> Path | None:
+    """The run that `folder` is, or in whose student/ it lies; None for another folder."""
+    for place in (folder, *folder.resolve().parents[:2]):
+        config = place / "config.json"
+        remedy = "it must be the folder of a run or of a network"
+        if config.is_file() and "kd" in machine.read_json(config, remedy):  # the others are of networks
+            return place
+    return None
+
+
+def sampler_of(folders: Sequence[Path], flags: Flags) -> Flags:
+    """The flags with all that was not given filled in: as the runs that these folders belong to sampled, else by
+    SAMPLER. ValueError if the runs did it differently, for then images of their networks could not be compared."""
+    runs = {run for run in map(run_of, folders) if run is not None}
+    configs, found = [json.loads((run / "config.json").read_text("utf-8")) for run in runs], {}
     for name in [name for name in SAMPLER if getattr(flags, name) is None]:
-        values = {config.get(name) for config in configs} or {None}
-        if len(values) > 1:
+        values = {SAMPLER[name] if config.get(name) is None else config[name] for config in configs} or {SAMPLER[name]}
+        if len(values) > 1 and name not in ASKED_FOR:
             raise ValueError(f"the runs were sampled with different {name}: give {flag(name)}")
-        value = values.pop()
-        found[name] = SAMPLER[name] if value is None else value
+        found[name] = values.pop() if len(values) == 1 else None
     return replace(flags, **found)
 
 
@@ -312,9 +323,9 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     fast = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     bf16 = (flags.precision or fast) == "bf16"
     options = {"seed": flags.seed, "steps": steps, "eta": flags.eta, "guidance": flags.guidance, "bf16": bf16}
-    record = {**options, **how, **(vae.record if vae else {})}
+    record = {**options, **how, "process": flags.process, **(vae.record if vae else {})}
     if text is not None:
-        record |= {"process": flags.process, "prompts": given[:count], **text.record}
+        record |= {"prompts": given[:count], **text.record}
     options |= {"vae": vae, "batch": flags.batch, "device": device, "progress": machine.rank_and_world()[0] == 0}
     arguments = {}
     for name, net in nets.items():

@@ -506,6 +506,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 def restored(config: dict[str, Any]) -> Settings:
     """The settings of which `plain` gave this, perhaps in an older version; ValueError for what cannot be used."""
+    config = {**once(config), **config}
     known = {name: value for name, value in config.items() if name in Settings.__dataclass_fields__}
     return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 

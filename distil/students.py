@@ -99,14 +99,14 @@ def mean_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 
 
 def masked_feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """TinyFusion's: mean over the points of mean (m_S h_S - m_T h_T)^2, no gradient to the teacher; (B, N, D) each.
+    """TinyFusion's: mean over the points of mean (m_S h_S - m_T h_T)^2, no gradient to the teacher; (B, ...) each.
 
     Each side's mask m drops what is 2 standard deviations or more from the mean of its sample (massive activations).
     """
 
     def masked(h: Tensor) -> Tensor:
-        std, mean = torch.std_mean(h, dim=(1, 2), keepdim=True)  # (B, 1, 1)
-        return h * ((h - mean).abs() < 2 * std)  # (B, N, D)
+        std, mean = torch.std_mean(h, dim=tuple(range(1, h.ndim)), keepdim=True)  # (B, 1, ...)
+        return h * ((h - mean).abs() < 2 * std)  # (B, ...)
 
     pairs = zip(student, teacher, strict=True)
     return sum(mse_loss(masked(s.float()), masked(t.detach().float())) for s, t in pairs) / len(student)

@@ -4,19 +4,20 @@ import errno
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import a_unet, same
+from conftest import ROOT, a_unet, same
 from PIL import Image
 
 from distil import data, machine, prepare
 from distil.metrics import parameters
 from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
 from distil.process import DDPM
-from distil.settings import DEPTH_METHODS, OPEN, Settings, parse, plain
+from distil.settings import DEPTH_METHODS, OPEN, Settings, parse, plain, restored
 from models import DiT, UNet, prune_depth
 
 CPU = torch.device("cpu")
@@ -399,6 +400,17 @@ def test_a_finished_run_is_recognised_and_another_one_refused(tmp_path):
             read(Settings(lr=0.001, clip=2.0), tmp_path)
 
 
+RUNS = sorted((ROOT / "benchmarks").rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[path.parent.name for path in RUNS])
+def test_the_run_of_an_earlier_version_is_no_other_run(path):
+    former = json.loads(path.read_text("utf-8"))["settings"]
+    prepare.refuse_other_settings(restored(former), former, path)
+    with pytest.raises(ValueError, match="--lr was"):
+        prepare.refuse_other_settings(replace(restored(former), lr=0.5), former, path)
+
+
 def test_a_checkpoint_that_cannot_be_read_now_is_left_alone_and_a_wrong_one_refused(tmp_path, monkeypatch):
     settings, about, path = Settings(out=str(tmp_path)), images_of().about, tmp_path / "checkpoint.pt"
     content = {"step": 3, "settings": plain(settings), "data": about, "students": {}}
@@ -470,6 +482,16 @@ def test_latents_are_shown_by_the_vae_that_made_them_and_by_no_other(monkeypatch
         prepare.open_vae(settings, images_of(record={"vae": None}), CPU)
     with pytest.raises(ValueError, match="mine did not make them"):
         prepare.open_vae(settings, images_of(record={"vae": "mine"}), CPU)
+
+
+def test_a_folder_may_be_called_as_a_student_of_stable_diffusion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        prepare.open_network("student", Settings(student="tiny"))
+    a_unet(3).save("tiny")
+    for name in ("student", "teacher"):
+        assert same(prepare.open_network(name, Settings(**{name: "tiny"})).build(None), a_unet(3))
+    assert prepare.open_network("student", Settings(arch="sd", dataset="latents", student="tiny")) is None
 
 
 def test_a_student_has_no_more_blocks_than_its_teacher():

@@ -191,6 +191,10 @@ def test_samples_of_other_settings_are_refused_and_left_alone():
             sampled("samples", net, **changed)
     with pytest.raises(ValueError, match="weights was"):
         sampled("samples", a_unet(1))
+    net.process = {"name": "flow"}
+    with pytest.raises(ValueError, match=r"time was \{\}, is \{'name': 'flow'\}"):
+        sampled("samples", net)
+    net.process = {}
     assert Path("samples/samples.npy").read_bytes() == before
     with pytest.raises(OSError, match="GB"):
         sample.open_samples("huge", net, 10**12, (3, 256, 256))
@@ -265,7 +269,15 @@ def test_flags_come_before_the_run_and_runs_have_to_agree():
     runs = [Path(a_run("a", eta=0.5, sample_steps=7)), Path(a_run("b", eta=1.0, sample_steps=7))]
     with pytest.raises(ValueError, match="sampled with different eta: give --eta"):
         sample.sampler_of(runs, sample.Flags())
+    older = {**json.loads((runs[0] / "config.json").read_text()), "teacher": "folder"}
+    (runs[0] / "config.json").write_text(json.dumps(older))
     found = sample.sampler_of(runs, sample.Flags(eta=0.25))
+    assert found.teacher is None  # asked for where it is needed
+    (runs[0] / "config.json").write_text(json.dumps({**older, "spacing": None}))  # once there was but the usual one
+    (runs[1] / "config.json").write_text(json.dumps({**older, "spacing": "leading"}))
+    assert sample.sampler_of(runs, sample.Flags()).spacing == "leading"
+    a_unet().save(runs[0] / "student" / "none-0")
+    assert sample.sampler_of([runs[0] / "student" / "none-0"], sample.Flags()).sample_steps == 7  # as its run did
     assert (found.eta, found.sample_steps, found.spacing, found.guidance) == (0.25, 7, "leading", 1.0)
     a_unet().save("net")
     assert sample.sampler_of([Path("net")], sample.Flags()).process == "ddpm"

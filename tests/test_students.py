@@ -109,6 +109,8 @@ def test_the_published_feature_losses_by_hand():
     assert mean_feature_loss(student, teacher).item() == pytest.approx(sum(x.mean() for x in squares), rel=1e-5)
     expected = np.mean([((masked(s) - masked(t)) ** 2).mean() for s, t in pairs])
     assert masked_feature_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5) and expected < 10
+    images = [[h.unflatten(1, (5, 1)) for h in side] for side in (student, teacher)]  # (B, C, H, W), as those of U-Nets
+    assert masked_feature_loss(*images).item() == pytest.approx(expected, rel=1e-5)
     for loss in (feature_loss, mean_feature_loss, masked_feature_loss):
         s, t = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
         loss([s], [t]).backward()

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 import lift_place
 import models
 import train
-from distil import data, machine, metrics, prepare, report, teachers
+from distil import data, machine, metrics, prepare, report, sample, teachers
 from distil.fast_loss import place
 from distil.prepare import Batch, teacher_settings
-from distil.process import DDPM
+from distil.process import DDPM, process_of
 from distil.sample import start_noise
 from distil.settings import METHODS, Settings, parse, plain
 from distil.students import Student, feature_loss, masked_feature_loss, mean_feature_loss
@@ -243,6 +243,16 @@ def test_a_flow_is_trained_by_the_same_command(monkeypatch):
     run("--process", "flow", "--importance", "taylor", "--taylor-steps", "2", "--steps", "2", "--out", "runs/flow")
     teacher = Path(teacher_settings(parse([*TINY, "--process", "flow"])).out)
     assert json.loads((teacher / "config.json").read_text())["process"] == "flow" and log("flow")[-1]["step"] == 1
+    assert models.load("runs/flow/student").process == models.load(teacher / "teacher").process == {"name": "flow"}
+
+
+def test_students_of_a_fold_of_another_process_are_sampled_without_being_told(capsys):
+    fold = ["--process", "sfddm", "--fold-steps", "128", "--sample-steps", "5", "--kd", "out", "--eval-samples", "0"]
+    run(*fold, "--steps", "1", "--out", "runs/sfddm")
+    net = teachers.load("runs/sfddm/student")
+    assert process_of(net).steps == 128 and net.process["fold"][-1] == 1016
+    assert sample.main(["runs/sfddm/student", "--num", "2", "--out", "runs/of-sfddm"]) == 0
+    assert "--process sfddm" in refused(["--teacher", "runs/sfddm/student", "--out", "runs/other"], capsys)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -475,6 +485,7 @@ def test_parts_of_a_batch_add_up_to_it(method, lambda_feat, monkeypatch):
 
     monkeypatch.setattr(train, "update", update)
     ws: list[float] = []
+    logged: list[torch.Tensor] = []
     for parts in (1, 3, 8):  # of 8: 3, 3 and 2
         settings = Settings(kd=(method,), accumulate=parts, lambda_feat=lambda_feat)
         torch.manual_seed(3)
@@ -484,6 +495,7 @@ def test_parts_of_a_batch_add_up_to_it(method, lambda_feat, monkeypatch):
         student, told, before = Student(settings, kd, 0, net, tapped), tapped if kd.features else teacher, len(asked)
         (numbers,) = train.step(settings, [student], told, process, batch, 0, watched=method == "place")
         assert {"loss", "grad_norm"} <= numbers.keys()
+        logged.append(torch.stack([*numbers.values()]))
         # twice where w follows from the outputs and the features are too large to be kept
         passes = parts * (1 + (parts > 1 and kd.weighed and lambda_feat > 0)) * bool(kd.output or kd.features)
         assert len(asked) - before == passes
@@ -491,6 +503,8 @@ def test_parts_of_a_batch_add_up_to_it(method, lambda_feat, monkeypatch):
             ws.append(numbers["w"].item())
     assert len(set(ws)) <= 1 or ws == pytest.approx([ws[0]] * 3, rel=1e-5)
     assert all(0 < w < 1 for w in ws)
+    for other in logged[1:]:
+        torch.testing.assert_close(other, logged[0], rtol=1e-4, atol=1e-5)
     largest = max(gradient.abs().max().item() for gradient in gradients[0])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
@@ -826,7 +840,7 @@ def test_a_fold_is_sampled_in_its_own_steps_and_teaches_folds(capsys):
     assert Path("runs/fold/interpolations.png").stat().st_size > 0
     saved, noise = models.load("runs/fold/student/place-0"), start_noise(16, (1, 8, 8), 0)
     teacher = models.load(Path(teacher_settings(parse(TINY)).out) / "teacher")
-    assert saved.process == {"fold": [0, 200, 400, 600, 800]}
+    assert saved.process == {"name": "ddpm", "fold": [0, 200, 400, 600, 800]}
     usual = DDPM().sample(teacher, noise.shape, 50, noise=noise)
     theirs = [row for row in rows["students"] if row["method"] == "place"] + rows["same_steps"]
     for row, x in zip(
