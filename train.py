@@ -90,7 +90,7 @@ def resolve(settings: Settings, name: str) -> Method:
     constants = {key: value for key, value in PRESETS[settings.constants].items() if key != "group_size"}
     constants["norm"] = settings.norm or constants["norm"]
     total = constants["reduction"] == "sum"  # over a sample; then the mean over the batch
-    folded, distance_name, compares_features = settings.fold_steps is not None, *settings.terms(name)
+    folded, (distance_name, _) = settings.fold_steps is not None, settings.terms(name)
     lambda_feat = settings.lambda_hidden if folded else settings.lambda_feat
 
     def squared(a: Tensor, b: Tensor) -> Tensor:  # (B, ...) each -> ()
@@ -131,7 +131,7 @@ def resolve(settings: Settings, name: str) -> Method:
         name=name,
         data=squared,
         output=distances[distance_name],
-        features=features if compares_features and lambda_feat > 0 else None,
+        features=features if settings.compares_features(name) else None,
         watch=by_lines.get(distance_name, by_lines["place"]),
         lambda_diff=settings.lambda_diff,
         lambda_out=settings.lambda_out,

@@ -145,6 +145,8 @@ def fit_calibrations(
         draws: how many noises each image gets.
         ridge: draws the weights to 0, the identity; in units of a statistic's mean square.
         batch: images at a time. progress: wraps the loop over timesteps, for instance `tqdm`.
+
+    ValueError where outputs are not finite.
     """
     times, channels, cond, solutions = sorted(timesteps), images.shape[1], dict(cond or {}), []
     for key, nothing in (teacher.no_condition() or {}).items():
@@ -165,6 +167,8 @@ def fit_calibrations(
                     gram, moment = equations(x_t, split(student(x_t, now, told), channels)[0], e_t)
                     grams[k] += gram
                     moments[k] += moment
+        if not (grams.isfinite().all() and moments.isfinite().all()):
+            raise ValueError(f"outputs are not finite at timestep {t:g}: nothing can be fitted to what has diverged")
         grams += ridge * draws * len(images) * torch.eye(10).double()
         solutions.append(torch.linalg.solve(grams, moments).unflatten(2, (5, 2)).squeeze(4).float())
     about = {"teacher": fingerprint(teacher.state_dict().values())}
@@ -201,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = doctor.parser("distil.calibrate", __doc__, "folder of a run, or of a saved network")
     case, flags = doctor.read(parser, argv, num=300)
-    calibrations = case.fit()
+    with machine.refusing(parser.prog):
+        calibrations = case.fit()
     ways = []
     for name, calibration in calibrations.items():
         calibration.save(case.folders[name])

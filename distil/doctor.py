@@ -64,7 +64,7 @@ class Case(NamedTuple):
         """The calibration of each student, at the sampler's times or at these."""
         progress = partial(tqdm, desc="fitting", unit="timestep", leave=False)
         given = list(self.students.values()), self.teacher, self.process, self.x0, times or self.times, self.cond
-        found = calibrate.fit_calibrations(*given, progress=progress)
+        found = calibrate.fit_calibrations(*given, batch=self.sampler["batch"] or 256, progress=progress)
         return dict(zip(self.students, found, strict=True))
 
     def compare(self, ways: Iterable[Way]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -204,8 +204,10 @@ def read(made: Parser, argv: list[str] | None, num: int) -> tuple[Case, sample.F
 
 
 def main(argv: list[str] | None = None) -> int:
-    case, _ = read(parser("distil.doctor", __doc__, "folder of a run, or of a saved network"), argv, num=64)
-    times, calibrations = case.times, case.fit()
+    made = parser("distil.doctor", __doc__, "folder of a run, or of a saved network")
+    case, _ = read(made, argv, num=64)
+    with machine.refusing(made.prog):
+        times, calibrations = case.times, case.fit()
     gain = first_gain(case.sampler["process"], times[0])
     ways = {name: remedies(name, calibration, case) for name, calibration in calibrations.items()}
     (teacher, *rows), _ = case.compare(way for of_one in ways.values() for way in of_one)

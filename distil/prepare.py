@@ -23,7 +23,7 @@ import models
 from distil import data, importance, machine, teachers, text_to_image
 from distil.fast_loss import place
 from distil.machine import Damaged, digest, find_device, hash_seed, note, on_device, rank_0_first, rank_and_world, say
-from distil.process import Process, make_process, process_of
+from distil.process import Process, check_guidance, make_process, process_of
 from distil.settings import (
     ARCHS,
     EVALUATION,
@@ -255,25 +255,28 @@ def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Im
         raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
     if net.predicts_variance and settings.is_flow:
         raise ValueError(f"{what} predicts a variance, of which the process {settings.process} has none")
-    check_conditions(what, net.conditions, settings, images)
+    check_conditions(what, net.conditions, settings.data, images, net.num_classes)
     try:
         net.fit(images.shape, images.no_condition, settings.caption_dropout)
     except ValueError as error:
         raise ValueError(f"{what} does not fit {settings.data or settings.dataset}: {error}") from error
-    if net.num_classes is not None and images.labels.max() >= net.num_classes:
-        known = f"the classes 0 to {net.num_classes - 1}, but the data has a class {images.labels.max()}"
-        raise ValueError(f"{what} knows {known}: use a network made for such")
+    check_guidance(what, net, settings.guidance)
     return net
 
 
-def check_conditions(network: str, conditions: tuple[str, ...], settings: Settings, images: data.Images) -> None:
-    """ValueError where a network needs to be told what the data does not know."""
+def check_conditions(
+    network: str, conditions: tuple[str, ...], where: str | None, images: data.Images, classes: int | None = None
+) -> None:
+    """ValueError where a network needs to be told what the data at `where` does not know, or knows fewer classes."""
     if "y" in conditions and images.labels is None:
         remedy = "put its images into one folder a class"
-        raise ValueError(f"{network} needs classes, and {settings.data} has none: {remedy}")
+        raise ValueError(f"{network} needs classes, and {where} has none: {remedy}")
     if "text" in conditions and images.no_condition is None:
         remedy = "make its latents with python -m distil.latents --text PIPELINE"
-        raise ValueError(f"{network} needs captions, and {settings.data} has none: {remedy}")
+        raise ValueError(f"{network} needs captions, and {where} has none: {remedy}")
+    if classes is not None and images.labels.max() >= classes:
+        known = f"the classes 0 to {classes - 1}, but the data has a class {images.labels.max()}"
+        raise ValueError(f"{network} knows {known}: use a network made for such")
 
 
 def check_students(settings: Settings, images: data.Images, teacher: Network | None, student: Network | None) -> None:
@@ -287,22 +290,63 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
         raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
     if source.pruning == "channels" and source.source is not None and student is None:  # some cannot be pruned
         prune_channels(copy.deepcopy(source).to("meta"), settings.prune, "random", settings.norm_groups)
-    if student is not None and len(student.blocks) > len(source.blocks):
-        more = f"{len(student.blocks)} blocks, its teacher {len(source.blocks)}"
-        raise ValueError(f"--student {settings.student} has {more}: use a student with at most as many")
+    net = student or source
+    if settings.head is not None and "head" not in net.config:
+        whose = "the student is" if student is not None else "the students are"
+        raise ValueError(f"--head is of networks of our own, but {whose} of {net.source}: leave it out")
     if student is not None:
-        regrouped(settings, student, source)  # refuses norms of other names
+        check_given(settings, student, source)
     if source.pruning != "blocks" or student is not None:
         return
     depth = len(source.blocks)
     if settings.keep is not None:
         check_blocks(depth, settings.keep)
     n = kept_blocks(settings, depth)
-    if len(settings.seeds) > 1 and settings.depth_method == "random" and n in (1, 2, depth):
+    drawn = settings.depth_method == "random" and settings.init == "teacher"  # and nothing but the blocks
+    if len(settings.seeds) > 1 and drawn and n in (1, 2, depth):
         same = "the seeds would draw the same ones, for the first and the last always stay"
         raise ValueError(
             f"--prune {settings.prune:g} keeps {n} of {depth} blocks: {same}; give one seed, or another --prune"
         )
+
+
+def check_given(settings: Settings, student: Network, teacher: Network) -> None:
+    """ValueError where a student to start from does not go with its teacher."""
+    what = f"--student {settings.student}"
+    if len(student.blocks) > len(teacher.blocks):
+        more = f"{len(student.blocks)} blocks, its teacher {len(teacher.blocks)}"
+        raise ValueError(f"{what} has {more}: use a student with at most as many")
+    check_classes(what, student, teacher)
+    if student.condition_dropout > 0 and teacher.no_condition() is None:
+        raise ValueError(f"{what} learns without the class, too, and its teacher cannot: use a student that does not")
+    if student.predicts_variance > teacher.predicts_variance and any(settings.terms(name)[0] for name in settings.kd):
+        raise ValueError(f"{what} predicts a variance and its teacher none: use a student that predicts none, either")
+    regrouped(settings, student, teacher)  # refuses norms of other names
+    if settings.fold_steps is None and any(map(settings.compares_features, settings.kd)):
+        check_features(what, student, teacher)
+
+
+def check_classes(what: str, student: Network, teacher: Network) -> None:
+    """ValueError where a student, called `what`, is told other classes than its teacher."""
+    if student.num_classes != teacher.num_classes:
+        knows, its = (net.num_classes or "no" for net in (student, teacher))
+        raise ValueError(f"{what} knows {knows} classes, its teacher {its}: use a student of the same classes")
+
+
+def check_features(what: str, student: Network, teacher: Network) -> None:
+    """ValueError where the features of a student, called `what`, cannot be compared with those of its teacher."""
+    remedy = "to compare no features use --lambda-feat 0"
+    ours, theirs = student.feature_layers(teacher), teacher.feature_layers(student)
+    if teacher.pruning == "blocks":
+        pairs = [(net.feature_channels(names)[0], net.config["patch_size"])
+                 for net, names in ((student, ours), (teacher, theirs))]  # fmt: skip
+        if pairs[0] != pairs[1]:
+            (own, side), (wide, its) = pairs
+            sizes = f"of width {own} from patches of {side}, its teacher of {wide} from {its}"
+            raise ValueError(f"{what} has tokens {sizes}: {remedy}")
+    elif len(ours) != len(theirs) or (teacher.pruning == "channels" and ours != theirs):
+        counts = f"{len(ours)} features against {len(theirs)}"
+        raise ValueError(f"{what} has other layers than its teacher, {counts}: {remedy}")
 
 
 def check_steps(settings: Settings, teacher: Network | None, student: Network | None) -> None:
@@ -314,16 +358,18 @@ def check_steps(settings: Settings, teacher: Network | None, student: Network | 
             process = process.fold(settings.fold_steps, settings.fold_end)
         except ValueError as error:
             raise ValueError(f"--fold-steps cannot be used: {error}") from error
-    if settings.sample_steps > process.steps:
-        has = f"the teacher has {process.steps} timesteps"
-        raise ValueError(f"--sample-steps {settings.sample_steps} cannot be used, {has}")
+    try:
+        process.timesteps(settings.sample_steps)
+    except ValueError as error:
+        has = f"the teacher has {process.steps} timesteps: {error}"
+        raise ValueError(f"--sample-steps {settings.sample_steps} cannot be used, {has}") from error
     if student is None:
         return
     own, what = process_of(student, settings.process), f"--student {settings.student}"
     if own.steps != process.steps:
         remedy = f"use --fold-steps {own.steps}, or another student"
         raise ValueError(f"{what} has {own.steps} timesteps, this run {process.steps}: {remedy}")
-    t, (x0, noise) = torch.tensor(process.timesteps(process.steps)), torch.tensor([1.0, 2.0]).expand(own.steps, 2).T
+    t, (x0, noise) = torch.tensor(own.timesteps(own.steps)), torch.tensor([1.0, 2.0]).expand(own.steps, 2).T
     said = [(of.add_noise(x0, noise, t), of.target(x0, noise, t)) for of in (own, process)]
     if not all(map(torch.equal, *said)):
         raise ValueError(f"{what} was trained for other noise at a timestep, or to predict something else than the run")
@@ -497,7 +543,7 @@ def new_unet(settings: Settings, images: data.Images, config: dict[str, Any]) ->
 
 
 def new_dit(settings: Settings, images: data.Images, config: dict[str, Any]) -> DiT:
-    check_conditions("--arch dit", ("y",), settings, images)
+    check_conditions("--arch dit", ("y",), settings.data, images)
     channels, size, _ = images.shape
     classes = 1000 if settings.dataset == "imagenet" else int(images.labels.max()) + 1
     config = {"num_classes": classes, "learn_sigma": not settings.is_flow, **config}

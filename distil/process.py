@@ -397,9 +397,13 @@ class PNDM(DDPM):
         if eta != 0 or self.clip_x0:
             raise ValueError("PNDM samples without new noise and without clamping: use it with eta 0 and no clip_x0")
 
-    def _plan(self, steps: int | Sequence[Any], eta: float, generator: Source) -> list[tuple[Any, Callable]]:
+    def timesteps(self, steps: int) -> list:
         if not isinstance(steps, int) or not 1 < steps < self.steps:
             raise ValueError(f"PNDM takes a number of 2 to {self.steps - 1} steps, got {steps}")
+        return super().timesteps(steps)
+
+    def _plan(self, steps: int | Sequence[Any], eta: float, generator: Source) -> list[tuple[Any, Callable]]:
+        self.timesteps(steps)  # refuses what it cannot do
         scheduler = self._scheduler(steps)
 
         def advance(x: Tensor, output: Tensor, t: Tensor) -> Tensor:
@@ -444,7 +448,8 @@ class RectifiedFlow(Process):
 
     def _times(self, steps: int) -> list[float]:
         """s = 1, 1 - 1/steps, .., 1/steps, shifted; the last step goes from the last of them to s = 0."""
-        return [self.steps * self._shifted(i / steps) for i in range(steps, 0, -1)]
+        # of s = 1 rounding may make a little more
+        return [self.steps * min(1.0, self._shifted(i / steps)) for i in range(steps, 0, -1)]
 
     def check_eta(self, eta: float) -> None:
         if eta != 0:
@@ -477,6 +482,12 @@ class Guided(nn.Module):
         k = x_t.shape[1] if self.channels is None else self.channels
         c, u = with_cond[:, :k], without[:, :k]
         return torch.cat([u + self.scale * (c - u), with_cond[:, k:]], dim=1)
+
+
+def check_guidance(what: str, net: nn.Module, scale: float) -> None:
+    """ValueError where a network, called `what`, is to be guided and knows nothing to be guided away from."""
+    if scale != 1 and net.conditions and net.no_condition() is None:
+        raise ValueError(f"{what} was trained with a class for every image, so it cannot be guided: use --guidance 1")
 
 
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distil import calibrate, data, machine, shards, teachers
-from distil.process import Guided, Process, process_of
+from distil.process import Guided, Process, check_guidance, process_of
 from distil.settings import PROCESSES, SAMPLERS, SEED, SPACINGS, Parser, check_fields, flag, option
 from distil.text_to_image import TextEncoder, Vae
 from models import Network, fingerprint
@@ -307,6 +307,8 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
             net.fit(first.shape, null, 0.0)
     elif flags.prompts is not None:
         raise ValueError("--prompts is for networks that read text, and these do not")
+    for name, net in nets.items():
+        check_guidance(name, net, flags.guidance)
     count = flags.num or len(given) or 16
     prompts = [given[i % len(given)] for i in range(count)] if given else []
     vae, shape = open_vae(flags.vae, first.shape, device)

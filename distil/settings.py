@@ -350,6 +350,11 @@ class Settings:
         """The output distance of a method, and whether it has one of features; None: not with these settings."""
         return METHODS[method][0 if self.fold_steps is None else 1]
 
+    def compares_features(self, method: str) -> bool:
+        """Whether a method has a distance of features, and one that counts."""
+        weight = self.lambda_feat if self.fold_steps is None else self.lambda_hidden
+        return self.terms(method)[1] and weight > 0
+
     def _refuse(self) -> None:
         """ValueError where values do not go together."""
         for name in ("kd", "seeds"):

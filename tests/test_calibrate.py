@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import train
-from distil import calibrate, data, evaluate, machine, metrics, report, sample
+from distil import calibrate, data, doctor, evaluate, machine, metrics, report, sample
 from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration
 from distil.doctor import open_case
 from distil.process import DDPM, Guided, RectifiedFlow, process_of
@@ -104,6 +104,21 @@ def test_a_perfect_student_is_left_as_it_is():
     found = fit_calibration(student, a_unet(), DDPM(), images(), TIMES)
     assert torch.equal(found.weights, torch.zeros(3, 1, 5, 2))
     assert torch.equal(Calibrated(student, found)(x_t, t), student(x_t, t))
+
+
+def test_outputs_that_are_not_finite_are_refused(tmp_path, monkeypatch, capsys):
+    wild, x0 = a_unet(1), images()
+    wild.conv_out.weight.data *= 3e38
+    for student, teacher in ((wild, a_unet()), (a_unet(), wild)):
+        with pytest.raises(ValueError, match="outputs are not finite at timestep 400: "):
+            calibrate.fit_calibrations([a_unet(), student], teacher, DDPM(), x0, [400, 800])
+    monkeypatch.chdir(tmp_path)
+    wild.save("wild")
+    a_unet().save("teacher")
+    told = ["wild", "--teacher", "teacher", "--images", "digits", "--num", "6", "--sample-steps", "2"]
+    for command in (calibrate, doctor):
+        assert "outputs are not finite at timestep" in refused(command.main, told, capsys)
+    assert not [*tmp_path.glob(f"**/{FILE}")]
 
 
 def test_between_two_timesteps_the_weights_lie_on_the_line():

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, a_unet, same
 from PIL import Image
 
-from distil import data, machine, prepare
+from distil import data, machine, prepare, teachers
 from distil.metrics import parameters
 from distil.prepare import Run, batches, draw, smaller, start_of, teacher_settings
 from distil.process import DDPM
@@ -461,13 +461,13 @@ class OtherVae:
 
 def test_what_the_data_does_not_know_is_asked_for(monkeypatch):
     settings = Settings(data="pictures", image_size=8, eval_samples=9)
-    prepare.check_conditions("--teacher X", (), settings, images_of())
+    prepare.check_conditions("--teacher X", (), "pictures", images_of())
     with pytest.raises(
         ValueError, match="--teacher X needs classes, and pictures has none: put its images into one fo"
     ):
-        prepare.check_conditions("--teacher X", ("y",), settings, images_of())
+        prepare.check_conditions("--teacher X", ("y",), "pictures", images_of())
     with pytest.raises(ValueError, match="--teacher X needs captions, and pictures has none: make its latents with"):
-        prepare.check_conditions("--teacher X", ("text",), settings, images_of())
+        prepare.check_conditions("--teacher X", ("text",), "pictures", images_of())
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: images_of(5))
     with pytest.raises(ValueError, match="pictures holds 5 images, too few to compare samples with"):
         prepare.open_data(settings)
@@ -499,3 +499,29 @@ def test_a_student_has_no_more_blocks_than_its_teacher():
     prepare.check_students(settings, some_latents(), a_teacher(4), a_teacher(4))
     with pytest.raises(ValueError, match="--student mine has 6 blocks, its teacher 4: use a student with at most as m"):
         prepare.check_students(settings, some_latents(), a_teacher(4), a_teacher(6))
+
+
+def test_a_head_is_for_networks_that_can_have_one(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    net = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+    net.save_pretrained(tmp_path)
+    foreign, digits = teachers.load(tmp_path), data.load("digits")
+    settings = Settings(head="statistics", norm_groups="keep")
+    with pytest.raises(ValueError, match="but the students are of UNet2DModel: leave it out"):
+        prepare.check_students(settings, digits, foreign, None)
+    given = Settings(head="statistics", norm_groups="keep", student="mine", lambda_feat=0.0)
+    with pytest.raises(ValueError, match="but the student is of UNet2DModel: leave it out"):
+        prepare.check_students(given, digits, None, foreign)
+    prepare.check_students(given, digits, foreign, a_unet())
+
+
+def test_seeds_that_draw_weights_differ_whatever_they_draw_of_the_blocks(capsys):
+    latents = some_latents()
+    for blocks in ({"keep": (0, 1)}, {"prune": 0.0}):
+        settings = Settings(dataset="latents", data="x", init="random", seeds=(0, 1), **blocks)
+        settings = replace(settings, depth_method="random")
+        prepare.check_students(settings, latents, a_teacher(4), None)
+        teacher = a_teacher(4)
+        nets = smaller(a_run(settings, latents), teacher, DDPM(), None)
+        assert not same(*(start_of(a_run(settings, latents), net, seed, {}) for seed, net in enumerate(nets)))

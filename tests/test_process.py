@@ -273,6 +273,13 @@ def test_a_flow_equals_that_of_diffusers_where_it_shifts_once(shift, steps):
     assert 0.3 < ours.std() < 30 and not torch.allclose(ours, noise)
 
 
+@pytest.mark.parametrize("shift", [0.1, 0.2, 0.41, 0.45, 0.46])
+def test_a_flow_starts_from_pure_noise_whatever_rounding_makes_of_its_shift(shift):
+    process, start = RectifiedFlow(shift), torch.randn(1, 1, 4, 4, generator=seeded())
+    assert process.timesteps(3)[0] == 1000.0
+    assert process.sample(lambda x, t, cond: 0 * x, start.shape, 3, noise=start).equal(start)
+
+
 def test_a_number_of_steps_shifts_twice_in_diffusers_and_once_here():
     """The documented difference. Should diffusers change this, the docstring of RectifiedFlow has to change too."""
     theirs = diffusers_flow(3.0)
@@ -553,6 +560,7 @@ REFUSED = [
     (lambda: R.fold(25), "only DDPM can be folded"),
     (lambda: make_process(sampler="pndm", prediction="x0"), "noise or v, not x0"),
     *[(lambda n=n: make_process(sampler="pndm").sample(None, SHAPE, n), "2 to 999 steps") for n in (1, 1000, [9, 3])],
+    *[(lambda n=n: make_process(sampler="pndm").timesteps(n), "2 to 999 steps") for n in (1, 1000)],
     (lambda: make_process(sampler="pndm").sample(None, SHAPE, eta=0.5), "without new noise"),
     (lambda: make_process(sampler="pndm", clip_x0=True).sample(None, SHAPE), "without clamping"),
 ]

@@ -24,9 +24,9 @@ def _inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def a_dit(classes):
+def a_dit(classes, **more):
     torch.manual_seed(0)
-    return DiT(8, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=classes)
+    return DiT(8, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=classes, **more)
 
 
 class Wrapped(Network):
@@ -309,6 +309,9 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
         (["net", "large"], "large has another image shape"),
         (["net", "few"], "few has another image shape or number of timesteps"),
         (["nowhere"], "nowhere is not a saved network"),
+        (["sure", "--guidance", "2"], "sure was trained with a class for every image, so it cannot be guided: use --"),
+        (["net", "--sampler", "pndm", "--sample-steps", "1"], "PNDM takes a number of 2 to 999 steps, got 1"),
+        (["net", "--sampler", "pndm", "--sample-steps", "1000"], "PNDM takes a number of 2 to 999 steps, got 1000"),
         (["latents"], "these networks make latents of 4 channels: name the VAE with --vae"),
         (["net", "--prompts", "empty.txt"], "--prompts is for networks that read text"),
         (["{sd}"], "give --prompts FILE, with a prompt a line"),
@@ -323,6 +326,7 @@ def test_bad_input_is_one_sentence(arguments, words, pipelines, capsys):
     UNet(8, in_channels=4, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("latents")
     few = a_unet()
     few.process = {"fold": [0, 300, 600]}
+    a_dit(3, class_dropout_prob=0.0).save("sure")
     few.save("few")
     Path("empty.txt").write_text("\n")
     with pytest.raises(SystemExit) as stopped:

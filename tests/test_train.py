@@ -952,7 +952,24 @@ REFUSED = [
     ("--student {fold}", "has 5 timesteps, this run 1000", "use --fold-steps 5"),
     ("--student {fold} --fold-steps 2 --kd out", "has 5 timesteps, this run 2"),
     ("--student {fold} --fold-steps 5 --fold-end last --kd out", "--student", "other noise at a timestep"),
+    ("--sampler pndm --sample-steps 1", "--sample-steps 1 cannot be used", "2 to 999 steps"),
+    ("--sampler pndm --sample-steps 1000", "--sample-steps 1000 cannot be used", "2 to 999 steps"),
+    ("--arch dit --teacher {sure}", "cannot be guided: use --guidance 1"),
+    ("--arch dit --teacher {plain} --student {sure}", "--student", "cannot be guided: use --guidance 1"),
+    ("--student {more}", "other layers than its teacher, 15 features against 11", "--lambda-feat 0"),
+    ("--student {level}", "other layers than its teacher", "--lambda-feat 0"),
+    ("--arch dit --student {thin}", "tokens of width 8 from patches of 2, its teacher of 64 from 2", "--lambda-feat 0"),
+    ("--arch dit --student {coarse}", "width 64 from patches of 4", "--lambda-feat 0"),
+    ("--arch dit --teacher {plain} --student {thin}", "predicts a variance and its teacher none"),
+    ("--arch dit --student {many}", "knows 12 classes, its teacher 10"),
+    ("--arch dit --guidance 1 --teacher {sure} --student {plain}", "learns without the class", "its teacher cannot"),
 ]
+
+
+DITS = {  # by what sets them apart
+    "thin": {"num_classes": 10}, "many": {"num_classes": 12}, "plain": {"num_classes": 10, "learn_sigma": False},
+    "sure": {"num_classes": 10, "learn_sigma": False, "class_dropout_prob": 0.0},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -962,6 +979,10 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     nets = {"rgb": models.UNet(16, 3, **SMALL), "dit": models.DiT(8, 2, 1, 8, 1, 2, num_classes=3)}
     nets |= {"sd": models.UNet(8, 1, **SMALL), "fold": models.UNet(8, 1, **SMALL)}
     nets["sd"].process, nets["fold"].process = {"name": "sd"}, {"fold": [0, 200, 400, 600, 800]}
+    nets |= {"more": models.UNet(8, 1, **SMALL | {"num_res_blocks": 2})}
+    nets |= {"level": models.UNet(8, 1, **SMALL | {"channel_mults": (1, 2, 2)})}
+    nets |= {name: models.DiT(8, 2, 1, 8, 1, 2, **more) for name, more in DITS.items()}
+    nets |= {"coarse": models.DiT(8, 4, 1, 64, 1, 2, num_classes=10)}
     for name, net in nets.items():
         net.save(folder / name)
     return {name: folder / name for name in nets}
