@@ -141,7 +141,7 @@ def fit_calibrations(
         images: (N, C, H, W) in [-1, 1], or latents; best ones that the students have not seen.
         timesteps: those that the sampler visits, `process.timesteps(steps)`.
         cond: what the networks are told of the images, (N, ...) each. Of every second image they are told their
-            `no_condition()` instead, if they have one, so that guidance finds both its predictions corrected.
+            `no_condition()` instead, if all have one, so that guidance finds both its predictions corrected.
         draws: how many noises each image gets.
         ridge: draws the weights to 0, the identity; in units of a statistic's mean square.
         batch: images at a time. progress: wraps the loop over timesteps, for instance `tqdm`.
@@ -149,7 +149,8 @@ def fit_calibrations(
     ValueError where outputs are not finite.
     """
     times, channels, cond, solutions = sorted(timesteps), images.shape[1], dict(cond or {}), []
-    for key, nothing in (teacher.no_condition() or {}).items():
+    nulls = [net.no_condition() for net in (teacher, *students)]
+    for key, nothing in (nulls[0] if None not in nulls else {}).items():
         cond[key] = cond[key].clone()
         cond[key][1::2] = nothing.to(cond[key])
     for i, t in enumerate(progress(times)):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from distil import calibrate, data, machine, metrics, prepare, report, sample, teachers
 from distil.calibrate import Calibrated, Calibration
-from distil.process import Process, process_of, split
+from distil.process import Process, check_guidance, process_of, split
 from distil.settings import Parser, Settings, restored
 from lift_place import lift
 from models import Network, lonely_norms
@@ -105,11 +105,15 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real, given)
     if teacher is None:
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
+    for name, net in {"the teacher": teacher, **students}.items():
+        prepare.check_conditions(name, net.conditions, images or settings.data, real, net.num_classes)
+        prepare.check_classes(name, net, teacher)
     for net in (first, teacher):
         net.fit(real.shape, real.no_condition)
+    check_guidance("the teacher", teacher, told.guidance)
     own = process_of(teacher.to(device).eval(), told.process, told.spacing, told.clip_x0)
     clamped = process_of(first, told.process, told.spacing, clip_x0=True)
-    process = own if own.steps == clamped.steps else own.fold(first.process["fold"])
+    process = folded(own, teacher, clamped, first)
     source = held_out or real
     rows = np.linspace(0, len(source.images) - 1, min(n, len(source.images))).round().astype(int)
     pixels, known = torch.from_numpy(source.images[rows]), source.conditions(rows)
@@ -119,6 +123,19 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     classifier = metrics.digit_classifier(real.shape[2]) if dataset == "digits" else None
     return Case(students, folders, teacher, own, process, clamped, x0.to(device), cond, real, classifier, job.count,
                 sampler)  # fmt: skip
+
+
+def folded(own: Process, teacher: Network, its: Process, student: Network) -> Process:
+    """The process of a student as a fold of `own`, that of its teacher, which may be a fold as well; `its`: as the
+    student alone knows it. ValueError if it is none."""
+    pairs = (teacher, own), (student, its)
+    theirs, fold = (list(net.process.get("fold", range(process.steps))) for net, process in pairs)
+    if set(fold) <= set(theirs):
+        process = own if fold == theirs else own.fold([theirs.index(t) for t in fold])
+        if prepare.agree(its, process):
+            return process
+    remedy = "name the teacher that they were made from with --teacher"
+    raise ValueError(f"the students have timesteps or a process that this teacher has not: {remedy}")
 
 
 def run_settings(folder: Path) -> Settings | None:
@@ -200,7 +217,11 @@ def read(made: Parser, argv: list[str] | None, num: int) -> tuple[Case, sample.F
     flags, given = made.read(argv, sample.Flags, "run", "images")
     flags = replace(flags, num=flags.num or (None if flags.prompts else num))
     with machine.refusing(made.prog):
-        return open_case(given["run"], flags, given["images"]), flags
+        case = open_case(given["run"], flags, given["images"])
+        if (few := min(case.count, len(case.real.images))) < 2:
+            what = "--num or more --prompts" if few == case.count else "more --images"
+            raise ValueError(f"samples and images are compared, at least 2 of each, and there is {few}: give {what}")
+        return case, flags
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -369,10 +369,16 @@ def check_steps(settings: Settings, teacher: Network | None, student: Network | 
     if own.steps != process.steps:
         remedy = f"use --fold-steps {own.steps}, or another student"
         raise ValueError(f"{what} has {own.steps} timesteps, this run {process.steps}: {remedy}")
-    t, (x0, noise) = torch.tensor(own.timesteps(own.steps)), torch.tensor([1.0, 2.0]).expand(own.steps, 2).T
-    said = [(of.add_noise(x0, noise, t), of.target(x0, noise, t)) for of in (own, process)]
-    if not all(map(torch.equal, *said)):
+    if not agree(own, process):
         raise ValueError(f"{what} was trained for other noise at a timestep, or to predict something else than the run")
+
+
+def agree(one: Process, other: Process) -> bool:
+    """Whether two processes with the same number of timesteps add the same noise at each, and ask for the same."""
+    t = torch.tensor(one.timesteps(one.steps))
+    x0, noise = torch.tensor([1.0, 2.0]).expand(len(t), 2).T
+    said = [(of.add_noise(x0, noise, t), of.target(x0, noise, t)) for of in (one, other)]
+    return all(map(torch.equal, *said))
 
 
 def open_vae(settings: Settings, images: data.Images, device: torch.device) -> text_to_image.Vae | None:

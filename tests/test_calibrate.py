@@ -153,6 +153,8 @@ def test_guidance_extrapolates_between_corrected_predictions():
 
     found = fit_calibration(student, Asked(student, planted(2)), DDPM(), x, [400], told)
     assert asked == [[0, 3, 2, 3]] and told["y"].tolist() == [0, 1, 2, 0]  # every second image without its class
+    fit_calibration(dit(class_dropout_prob=0.0), Asked(student, planted(2)), DDPM(), x, [400], told)
+    assert asked[1:] == [[0, 1, 2, 0]]  # for a student knows no other way
     net = Calibrated(student, found)
     guided = Guided(net, 2.0, net.no_condition(), net.guided_channels)(x, t, told)
     c, u = net(x, t, told), net(x, t, null)
@@ -313,6 +315,27 @@ def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_pa
     assert "the teacher of runs/tiny is not kept here" in refused(calibrate.main, ["runs/tiny"], capsys)
 
 
+def test_a_fold_of_a_fold_is_asked_at_the_times_of_its_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, fold in {"teacher": list(range(0, 1000, 10)), "student": list(range(0, 1000, 100))}.items():
+        net = a_unet()
+        net.process = {"fold": fold}
+        net.save(name)
+    case = open_case(Path("student"), sample.Flags(teacher="teacher", sample_steps=5), "digits", n=8)
+    assert case.own.steps == 100 and case.process.phi(torch.arange(10)).tolist() == list(range(0, 100, 10))
+    assert [len(found.times) for found in case.fit().values()] == [5]
+
+
+@pytest.mark.parametrize(("more", "size"), [({}, 256), ({"batch": 3}, 3)])
+def test_images_are_fitted_as_many_at_a_time_as_they_are_sampled(more, size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_unet().save("net")
+    case, asked = open_case(Path("net"), sample.Flags(teacher="net", sample_steps=1, **more), "digits", n=8), []
+    monkeypatch.setattr(calibrate, "fit_calibrations", lambda *_, batch, **__: asked.append(batch) or [None])
+    case.fit()
+    assert asked == [size]
+
+
 REFUSED = [
     (["alone"], "alone belongs to no run: give --teacher, a network, and --images, a folder or digits"),
     (["alone", "--teacher", "wide", "--images", "digits"], "use one that fits"),
@@ -320,6 +343,14 @@ REFUSED = [
     (["alone", "--teacher", "alone", "--images", "nowhere"], "nowhere"),
     (["nowhere"], "nowhere is not a saved network"),
     (["alone", "--sample-steps", "0"], "--sample-steps 0 cannot be used"),
+    (["alone", "--teacher", "alone", "--images", "digits", "--num", "1"], "at least 2 of each, and there is 1: give"),
+    (["told", "--teacher", "told", "--images", "flat"], "the teacher needs classes, and flat has none: put its images"),
+    (["told", "--teacher", "told", "--images", "digits"], "knows the classes 0 to 2, but the data has a class 9"),
+    (["told", "--teacher", "alone", "--images", "sorted"], "told knows 3 classes, its teacher no: use a student"),
+    (["sure", "--teacher", "sure", "--images", "sorted", "--guidance", "2"], "cannot be guided: use --guidance 1"),
+    (["alone", "--teacher", "few", "--images", "digits"], "timesteps or a process that this teacher has not"),
+    (["few", "--teacher", "other", "--images", "digits"], "timesteps or a process that this teacher has not"),
+    (["few", "--teacher", "cosine", "--images", "digits"], "timesteps or a process that this teacher has not"),
 ]
 
 
@@ -328,5 +359,17 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     a_unet().save("alone")
     a_unet(channels=3).save("wide")
+    for name, process in {"few": [0, 300], "other": [0, 500, 900]}.items():
+        net = a_unet()
+        net.process = {"fold": process}
+        net.save(name)
+    net.process = {"schedule": "cosine"}
+    net.save("cosine")
+    for name, dropout in {"told": 0.1, "sure": 0.0}.items():
+        DiT(8, 2, 1, 8, 1, 2, num_classes=3, class_dropout_prob=dropout).save(name)
+    for i in range(6):
+        for place in ("flat", f"sorted/{i % 3}"):
+            Path(place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(f"{place}/{i}.png")
     assert words in refused(calibrate.main, arguments, capsys)
     assert not [*tmp_path.glob(f"**/{FILE}")]
