@@ -125,16 +125,19 @@ def by_size(path: Path) -> None:
     """Distance against image size, a tenth of the channels and the first teacher: means over seeds, least to most."""
     figure, axes = panels(2, 2, width=5.5, height=3.5, sharey="row")
     scores = {"frechet_pixels": "Frechet px", "teacher_mse": "MSE to the teacher's samples"}
+    sizes = sorted({size for size, *_ in results()})
     for axis, ((key, score), norms) in zip(axes.flat, product(scores.items(), NORMS), strict=True):
         runs = {one[0]: run for one, run in results().items() if one[1:] == (0.9, norms, True)}
-        for kind, line in {"": "-", ", clip": ":", ", calibrated": "--"}.items():
+        for kind, (line, called) in {
+            "": ("-", ""), ", clip": (":", "clamped"), ", calibrated": ("--", "calibrated")
+        }.items():  # fmt: skip
             found = {
                 size: {name: [row[key] for row in run["students"] if row["method"] == name + kind] for name in METHODS}
                 for size, run in runs.items()
                 if any(row["method"].endswith(kind) for row in run["students"])
             }
             for method in METHODS:
-                name = method if not kind else kind.strip(", ") if method == "place" else None
+                name = method if not kind else called if method == "place" else None
                 trend(axis, found, [method], linestyle=line, markersize=4, label=name)
         if key == "frechet_pixels":
             own = [run["teacher"][key] for run in runs.values()]
@@ -142,7 +145,7 @@ def by_size(path: Path) -> None:
         axis.set_title(f"norms {'kept' if norms == 'keep' else 'scaled'}")
         axis.set_ylabel(score)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([*runs], [f"{size}x{size}" for size in runs])
+        axis.set_xticks(sizes, [f"{size}x{size}" for size in sizes])
     for axis in axes[:, 0]:
         report.log_scale(axis)
     axes[0, 1].legend(ncols=2)
