@@ -6,7 +6,6 @@
 OUT/metrics.json has the form of a run's, so `python -m distil.evaluate OUT` prints its table.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from distil import doctor, machine, report, sample
 from distil.calibrate import Calibrated
-from distil.settings import plain
+from distil.settings import Parser, check, plain
 
 WAYS = {"plain": (False, False), "clip": (False, True), "calibrated": (True, False), "calibrated, clip": (True, True)}
 
@@ -58,7 +57,7 @@ def write(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("calibrate.py", description=__doc__)
+    parser = Parser("calibrate.py", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -69,8 +68,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher", help="another one to fit to and to compare with [the run's]")
     given = parser.parse_args(argv)
 
-    flags = sample.Flags(num=given.num, sample_steps=given.sample_steps, teacher=given.teacher)
-    case = open_run(given.run, flags, given.fit)
+    with machine.refusing("calibrate.py"):
+        check("OUT", given.out, {"folder": True})
+        for name in ("knots", "fit"):
+            if (value := getattr(given, name)) is not None:
+                check(f"--{name}", value, {"low": 1})
+        flags = sample.Flags(num=given.num, sample_steps=given.sample_steps, teacher=given.teacher)
+        case = open_run(given.run, flags, given.fit)
     rows, samples = case.compare(study(case, given.ways, given.knots))
     protocol = (
         f"{given.num} generated, {len(case.times)} steps, {given.knots or len(case.times)} timesteps fitted on "

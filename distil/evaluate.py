@@ -224,7 +224,7 @@ PROTOCOLS = {
 @dataclass(frozen=True)
 class Flags(sample.Flags):
     num: int | None = option(None, "sample so many images of each network and compare their features", int, low=6)
-    out: str = option("runs/evaluation", "folder for samples and scores")
+    out: str = option("runs/evaluation", "folder for samples and scores", folder=True)
     protocol: str | None = option(None, "score as the paper's table does, in fp32", choices=tuple(PROTOCOLS))
     dataset: str | None = option(None, "the real images of --num", choices=tuple(data.DATASETS))
     data: str | None = option(None, "where their files are")

@@ -140,6 +140,7 @@ def prepare(settings: Settings) -> Run:
     """
     device = find_device(settings.device)
     settings = sized(settings, device)
+    check_out(settings)
     check_machine(settings)
     with rank_0_first():  # what rank 0 downloads the others find; before the data, which may take hours
         teacher, student = (open_network(name, settings) for name in ("teacher", "student"))
@@ -167,6 +168,26 @@ def sized(settings: Settings, device: torch.device) -> Settings:
     row = next(row for gpu, most, row in SIZES[settings.dataset] if gpu == on_gpu and n <= most)
     taken = {name: value for name, value in row.items() if settings.channels is None or name not in SHAPE}
     return replace(settings, **{name: value for name, value in taken.items() if getattr(settings, name) is None})
+
+
+def check_out(settings: Settings) -> None:
+    """ValueError where the run would write over files that are not of a run, or among the images that it reads."""
+    out, folders = Path(settings.out), {"--out": settings.out}
+    if settings.teacher == "train":
+        folders["the folder of the teacher,"] = teacher_settings(settings).out
+    for what, folder in folders.items():
+        if settings.data is not None and Path(folder).resolve().is_relative_to(Path(settings.data).resolve()):
+            pictures = "its pictures would be taken for images of yours"
+            raise ValueError(f"{what} {folder} lies in --data {settings.data}, {pictures}: keep them apart")
+    config = out / "config.json"
+    if config.is_file() and "kd" in machine.read_json(config, "bring it back, or give another --out"):
+        return
+    # before its config a run leaves hidden files; its checkpoints are looked at when they are read
+    others = sorted(path.name for path in out.glob("*") if not path.name.startswith((".", "checkpoint.")))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        names = f"{', '.join(others[:3])}{more}"
+        raise ValueError(f"--out {out} holds files that are not of a run ({names}): give another folder")
 
 
 def check_machine(settings: Settings) -> None:

@@ -203,7 +203,7 @@ class Flags:
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to sample", bool)
     precision: str | None = option(None, "bf16 where a GPU has it, else fp32", choices=("fp32", "bf16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    out: str = option("runs/samples", "folder for the images")
+    out: str = option("runs/samples", "folder for the images", folder=True)
 
     __post_init__ = check_fields
 
@@ -348,10 +348,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_options(Flags)
     flags, given = parser.read(argv, Flags, "runs")
     with machine.refusing("distil.sample"):
-        job = prepare(given["runs"], flags)
-    out, shown = Path(flags.out), {}
+        job, out, shown = prepare(given["runs"], flags), Path(flags.out), {}
+        for name in job.nets:
+            (out / name).mkdir(parents=True, exist_ok=True)
     for name, net in job.nets.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
         shown[name] = []
         for rows, x in sample_batches(rows=range(job.count), **job.arguments[name]):
             for i, image in zip(rows, visible(x), strict=True):
@@ -361,6 +361,10 @@ def main(argv: list[str] | None = None) -> int:
     columns = 8 if job.prompts else report.columns(next(iter(job.nets.values())).num_classes, job.count)
     report.grid(out / "samples.png", {name: torch.cat(parts) for name, parts in shown.items()}, columns)
     print(f"{job.count} images each: {', '.join(str(out / name) for name in shown)}; some of them: {out}/samples.png")
+    older = [file for name in shown for file in (out / name).glob("*.png")
+             if file.stem.isdecimal() and int(file.stem) >= job.count]  # fmt: skip
+    if older:
+        print(f"older images are there too, {len(older)} with numbers from {job.count:05d} on: remove or ignore them")
     return 0
 
 

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -203,7 +204,8 @@ SEED = {"low": 0, "high": 2**63 - 1}
 
 
 def option(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
-    """A field of Settings that is also a flag. limits: choices, or low <= value <= high, above < value < below."""
+    """A field of Settings that is also a flag. limits: choices, or low <= value <= high, above < value < below, or
+    folder=True for where to write."""
     most = {"high": LARGEST[kind]} if kind in LARGEST and "below" not in limits else {}
     return field(default=default, metadata={"text": text, "kind": kind, **most, **limits})
 
@@ -292,7 +294,7 @@ class Settings:
     spacing: str | None = option(None, "of the sampler: as ddim's, DiT's, ddim's for CIFAR-10", choices=SPACINGS)
     clip_x0: bool | None = option(None, "clamp the predicted image at every step; the paper does not", bool)
     guidance: float | None = option(None, "scale of classifier-free guidance, 1: none", float, low=0)
-    out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings")
+    out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings", folder=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=PRECISIONS)
     teacher_precision: str | None = option(
@@ -484,6 +486,10 @@ def check(name: str, value: Any, limits: Any) -> None:
     """ValueError, with what would work, unless the value keeps the limits of its field."""
     if value == "" or "\0" in str(value):
         raise ValueError(f"{name} {value!r} cannot be used, it must have characters, and none of them may be NUL")
+    if limits.get("folder"):
+        file = next((place for place in (Path(value), *Path(value).parents) if os.path.isfile(place)), None)
+        if file is not None:
+            raise ValueError(f"{name} {file} is a file: give a folder")
     choices = limits.get("choices")
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)

@@ -10,7 +10,6 @@ all with what is there and what is said. What a run needs later again (teachers,
 without that folder all is computed anew.
 """
 
-import argparse
 import hashlib
 import os
 import sys
@@ -22,6 +21,7 @@ from nbclient import NotebookClient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from distil import machine
+from distil.settings import Parser
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,11 +44,15 @@ def execute(path: Path, folder: Path, **limits) -> nbformat.NotebookNode:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("run.py", description="Execute notebooks at full size and record their outputs.")
+    parser = Parser("run.py", "Execute notebooks at full size and record their outputs.")
     parser.add_argument("notebooks", metavar="NOTEBOOK", nargs="*", type=Path, help="[all]")
     os.environ.pop("NOTEBOOK_SIZE", None)
     from_nothing = not (HERE / "runs").exists()
-    for path in parser.parse_args(arguments).notebooks or sorted(HERE.glob("*.ipynb")):
+    paths = parser.parse_args(arguments).notebooks or sorted(HERE.glob("*.ipynb"))
+    for path in paths:
+        if not path.is_file():
+            parser.error(f"there is no notebook {path}: name files, as {HERE.name}/01*.ipynb")
+    for path in paths:
         print(f"{path.name}: ", end="", flush=True)
         began = time.monotonic()
         notebook = execute(path, HERE, timeout=None)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import train
+from benchmarks import calibrate as study
 from distil import calibrate, data, doctor, evaluate, machine, metrics, report, sample
 from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration
 from distil.doctor import open_case
@@ -351,6 +352,7 @@ REFUSED = [
     (["alone", "--teacher", "few", "--images", "digits"], "timesteps or a process that this teacher has not"),
     (["few", "--teacher", "other", "--images", "digits"], "timesteps or a process that this teacher has not"),
     (["few", "--teacher", "cosine", "--images", "digits"], "timesteps or a process that this teacher has not"),
+    (["alone", "--teacher", "alone", "--images", "digits", "--out", "alone/config.json"], "is a file: give a folder"),
 ]
 
 
@@ -373,3 +375,20 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, caps
             Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(f"{place}/{i}.png")
     assert words in refused(calibrate.main, arguments, capsys)
     assert not [*tmp_path.glob(f"**/{FILE}")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "out"], "nowhere is not a saved network"),
+        (["alone", "file"], "OUT file is a file: give a folder"),
+        (["alone", "out"], "alone belongs to no run"),
+        (["alone", "out", "--fit", "0"], "--fit 0 cannot be used"),
+    ],
+)
+def test_the_study_refuses_in_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a_unet().save("alone")
+    Path("file").write_text("")
+    assert words in refused(study.main, arguments, capsys)
+    assert not Path("out").exists()

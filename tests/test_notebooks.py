@@ -5,7 +5,7 @@ import shutil
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 
 from distil import data, metrics
 from notebooks import run
@@ -37,6 +37,10 @@ def test_a_notebook_runs_from_top_to_bottom_and_changes_nothing_outside_its_fold
     # a cell that raises, or is late, raises here
     run.execute(ROOT / f"notebooks/{name}.ipynb", clone / "notebooks", timeout=CELL_BUDGET)
     assert {file.name for file in clone.iterdir()} - before <= {"__pycache__"}
+
+
+def test_a_notebook_that_is_not_there_is_one_sentence(capsys):
+    assert "run.py: error: there is no notebook 99" in refused(run.main, ["99"], capsys)
 
 
 @each

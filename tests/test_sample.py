@@ -246,6 +246,10 @@ def test_images_of_the_students_of_a_run(capsys):
     assert list(sample.open_networks([Path("runs/first/student")])) == ["first-out-0", "first-place-0"]
     assert sample.main(["runs/first/student/place-0", "--sample-steps", "2", "--device", "cpu"]) == 0
     assert len(list(Path("runs/samples/place-0").glob("*.png"))) == 16 and Path("runs/samples/samples.png").is_file()
+    assert "older" not in capsys.readouterr().out
+    assert sample.main(["runs/first/student/place-0", "--sample-steps", "2", "--num", "5"]) == 0
+    assert "older images are there too, 11 with numbers from 00005 on" in capsys.readouterr().out
+    assert len(list(Path("runs/samples/place-0").glob("*.png"))) == 16
 
 
 def test_a_student_of_few_steps_is_sampled_in_them():
@@ -308,6 +312,9 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
         (["net", "net"], "net has the name of one before it"),
         (["net", "large"], "large has another image shape"),
         (["net", "few"], "few has another image shape or number of timesteps"),
+        (["net", "--out", "empty.txt"], "--out empty.txt is a file: give a folder"),
+        (["net", "--out", "empty.txt/images"], "--out empty.txt is a file: give a folder"),
+        (["net", "--out", "/proc/images"], "/proc/images"),
         (["nowhere"], "nowhere is not a saved network"),
         (["sure", "--guidance", "2"], "sure was trained with a class for every image, so it cannot be guided: use --"),
         (["net", "--sampler", "pndm", "--sample-steps", "1"], "PNDM takes a number of 2 to 999 steps, got 1"),

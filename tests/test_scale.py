@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import refused
 from PIL import Image
 
 from benchmarks import scale
@@ -35,6 +36,13 @@ def small(tmp_path, monkeypatch):
 def test_the_page_shows_the_table_of_the_committed_results():
     page = (scale.ROOT / "docs/scale.md").read_text("utf-8")
     assert scale.table() in page and len(scale.table().splitlines()) > 2 * len(scale.METHODS)
+
+
+def test_sizes_that_cannot_be_are_one_sentence_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "image_size 9 cannot be halved" in refused(scale.main, ["8", "9"], capsys)
+    assert "--prune 2.0 cannot be used" in refused(scale.main, ["8", "--prune", "2"], capsys)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_study_of_sizes_from_images_to_figures(small, capsys):

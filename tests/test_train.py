@@ -801,8 +801,9 @@ def test_a_second_run_of_a_folder_is_refused_and_one_of_a_teacher_waits(processe
 @pytest.mark.usefixtures("_quick")
 def test_a_folder_that_cannot_be_written_is_found_before_the_teacher_is_trained(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
-        assert f"{out} cannot be written" in refused([*TINY, "--seed", "8", "--out", str(out)], capsys)
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert f"--out {tmp_path / 'file'} is a file" in refused([*TINY, "--seed", "8", "--out", str(out)], capsys)
+    assert "/proc/run cannot be written" in refused([*TINY, "--seed", "8", "--out", "/proc/run"], capsys)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -936,6 +937,10 @@ REFUSED = [
     ("--bogus", "--bogus"),
     ("--dataset folder", "--dataset folder needs --data"),
     ("--data nowhere", "there is no folder nowhere"),
+    ("--out {own}", "--out {own} holds files that are not of a run (README.md, notes.txt): give another folder"),
+    ("--out {dit}", "holds files that are not of a run (config.json, model.safetensors)"),
+    ("--data {photos} --out {photos}", "--out {photos} lies in --data {photos}, its pictures would be taken for"),
+    ("--data {photos} --out {photos}/runs/new", "--out {photos}/runs/new lies in --data"),
     ("--teacher nope.pth", "--teacher nope.pth: there is no such file"),
     ("--dataset celeba --teacher nope.pth", "--teacher nope.pth: there is no such file"),  # before data are fetched
     ("--dataset celeba --data x", "the public teacher for celeba cannot be downloaded"),
@@ -985,7 +990,13 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     nets |= {"coarse": models.DiT(8, 4, 1, 64, 1, 2, num_classes=10)}
     for name, net in nets.items():
         net.save(folder / name)
-    return {name: folder / name for name in nets}
+    (folder / "own").mkdir()
+    for name in ("README.md", "notes.txt", ".hidden"):
+        (folder / "own" / name).write_text("of the user")
+    (folder / "photos").mkdir()
+    for i in range(6):
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(folder / "photos" / f"{i}.png")
+    return {name: folder / name for name in (*nets, "own", "photos")}
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(arguments, words) for arguments, *words in REFUSED])
@@ -993,8 +1004,25 @@ def test_bad_input_is_one_sentence_and_writes_nothing(arguments, words, networks
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     sentence = refused(arguments.format(**networks).split(), capsys)
-    assert all(word in sentence for word in words), sentence
+    assert all(word.format(**networks) in sentence for word in words), sentence
     assert not any(tmp_path.iterdir())
+
+
+def test_the_teacher_that_is_trained_does_not_come_among_the_images(networks, monkeypatch, capsys):
+    monkeypatch.chdir(networks["photos"])
+    sentence = refused(["--data", ".", "--out", str(networks["own"].parent / "new")], capsys)
+    assert "the folder of the teacher, runs/teachers/folder32-" in sentence and "lies in --data ." in sentence
+    assert not (networks["own"].parent / "new").exists() and not Path("runs").exists()
+
+
+def test_the_folder_of_a_run_is_taken_again_whatever_a_killed_start_left_in_it():
+    left = ([], [".lock"], [".config.json.host-1.part", ".lock"], ["checkpoint.pt"], ["config.json", "notes.txt"])
+    for files in left:
+        folder = Path("left", str(len(files)) + "".join(files[:1]))
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_text('{"kd": ["place"]}')
+        prepare.check_out(Settings(out=str(folder)))
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
