@@ -398,6 +398,8 @@ def saved(path: Path) -> str:
     try:
         sections = machine.read_json(path, "it is not what bench.py writes")["sections"]
         return "\n\n".join(shown(name, section) for name, section in sections.items())
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}: name one that bench.py wrote") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what bench.py writes") from error
 

@@ -348,7 +348,9 @@ def _open_lmdb(folder: Path) -> Any:
 
 def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
     """The images below `folder`, hidden ones left out: sorted relative names with forward slashes.
-    FileNotFoundError: no such folder. ValueError: no images; the message says what else was `wanted`."""
+    OSError: no such folder. ValueError: no images; the message says what else was `wanted`."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: data must name a folder of images")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; data must name a folder of images")
 

@@ -16,7 +16,7 @@ Only `--num` looks through Inception, and only then, and from 10,000 samples on,
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distil import data, machine, metrics, report, sample
 from distil.process import Process, process_of
-from distil.settings import FREE, Parser, Settings, option, plain
+from distil.settings import FREE, Parser, Settings, flag, option, plain
 from distil.text_to_image import ClipScore, Vae
 from models import Network
 
@@ -172,6 +172,8 @@ def join(runs: Sequence[Path]) -> str:
     found, rows = [], []
     for run in runs:
         path = run / "metrics.json"
+        if run.is_file():
+            raise ValueError(f"{run} is a file: name the folder of a finished run")
         try:
             metrics = machine.read_json(path, "it is not what train.py writes")
             rows.append(report.rows(metrics))
@@ -316,10 +318,14 @@ def main(argv: list[str] | None = None, extract: metrics.Extract | None = None) 
     parser = Parser("distil.evaluate", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or with --num of a network")
     parser.add_options(Flags)
-    flags, given = parser.read(argv, Flags, "runs")
-    flags = with_protocol(flags)
+    told, given = parser.read(argv, Flags, "runs")
+    flags = with_protocol(told)
     if flags.num is None and flags.prompts is None:
         with machine.refusing("distil.evaluate"):
+            for item in fields(told):
+                if getattr(told, item.name) != item.default:
+                    otherwise = "without them the table of the finished run is printed"
+                    raise ValueError(f"{flag(item.name)} is for --num or --prompts; {otherwise}")
             print(join(given["runs"]))
         return 0
     with machine.processes("cpu", hours=7 * 24):  # they only wait, for each other and while rank 0 prepares real images

@@ -61,7 +61,11 @@ def macs(net: Network, shape: Sequence[int] | None = None) -> int:
     x, t = torch.empty(1, *(shape or net.shape), device="meta"), torch.empty(1, device="meta")
     one = {"y": torch.tensor(0)} if net.num_classes is not None else net.no_condition() or {}  # the cond of one sample
     cond = {key: torch.empty(1, *value.shape, dtype=value.dtype, device="meta") for key, value in one.items()}
-    return int(count_ops_and_params(copy.deepcopy(net).to("meta"), (x, t, cond))[0]) + net.attention_macs()
+    counted = copy.deepcopy(net).to("meta")
+    for norm in counted.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = 1  # counts the same, and takes one sample of one pixel too
+    return int(count_ops_and_params(counted, (x, t, cond))[0]) + net.attention_macs()
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------

@@ -547,7 +547,14 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; a program whose own command line this is ends with one line on Ctrl-C and SIGTERM."""
         if argv is None:
             leave_on_signals(self.prog)
-        return super().parse_args(argv, namespace)
+        given, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            if name.startswith("--") and near:
+                self.error(f"there is no {name}; did you mean {near[0]}?")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return given
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")

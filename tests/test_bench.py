@@ -68,7 +68,7 @@ def test_the_command_finds_the_modules_of_the_repository(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--show", "nowhere.json"], "nowhere.json"),
+        (["--show", "nowhere.json"], "bench.py: error: there is no file nowhere.json: name one that bench.py wrote"),
         (["--show", "wrong.json"], "wrong.json is not what bench.py writes"),
         (["--repeat", "-1"], "--repeat -1 cannot be used, it must be at least 1"),
         (["--threads", "0"], "--threads 0 cannot be used, it must be at least 1"),

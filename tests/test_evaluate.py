@@ -272,6 +272,10 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
         (["nowhere", "--num", "50", "--dataset", "digits"], "nowhere is not a saved network"),
         (["net", "--prompts", "p.txt"], "--prompts needs --num or --clip"),
         (["{sd}", "--num", "6", "--dataset", "digits"], "give --prompts FILE, with a prompt a line"),
+        *(([*given, "net"], f"{given[0]} is for --num or --prompts; without them the table of the finished run is")
+          for given in (["--sample-steps", "7"], ["--k", "3"], ["--mode", "clean"], ["--reference", "no.npz"],
+                        ["--data", "nowhere"], ["--npz"], ["--out", "elsewhere"])),
+        (["net/config.json"], "net/config.json is a file: name the folder of a finished run"),
         (["nowhere"], "nowhere/metrics.json: No such file or directory; name the folder of a finished run"),
         *((["bad", content], "bad/metrics.json is not what train.py writes: ") for content in (
             "", "{", "[]", "7", json.dumps({"protocol": "p"}), json.dumps(a_metrics()).replace("0.4", '"much"'),

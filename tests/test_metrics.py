@@ -12,7 +12,7 @@ from conftest import Trap
 from PIL import Image
 
 from distil import data, metrics
-from models import DiT
+from models import DiT, UNet, regroup
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,11 @@ def test_macs_of_a_transformer_count_its_attention_and_leave_it_as_it_is():
     net = DiT(8, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)
     assert metrics.macs(net) == 637_480 + 3 * 2 * 16**2 * 32  # 16 tokens of width 32 in three blocks
     assert {p.device.type for p in net.parameters()} == {"cpu"} and net.training
+
+
+def test_macs_of_norms_of_one_channel_on_a_single_pixel():
+    net = UNet(8, 1, channels=4, channel_mults=(1, 1, 1, 1), num_res_blocks=1, attention_resolutions=(), norm_groups=4)
+    assert metrics.macs(net) == metrics.macs(regroup(net, 2)) > 0
 
 
 # ---- Frechet distance ------------------------------------------------------------------------------------------------

@@ -312,6 +312,8 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
         (["net", "net"], "net has the name of one before it"),
         (["net", "large"], "large has another image shape"),
         (["net", "few"], "few has another image shape or number of timesteps"),
+        (["net", "--steps", "7"], "there is no --steps; did you mean --sample-steps?"),
+        (["net", "--colour"], "unrecognized arguments: --colour"),
         (["net", "--out", "empty.txt"], "--out empty.txt is a file: give a folder"),
         (["net", "--out", "empty.txt/images"], "--out empty.txt is a file: give a folder"),
         (["net", "--out", "/proc/images"], "/proc/images"),

@@ -937,6 +937,8 @@ REFUSED = [
     ("--bogus", "--bogus"),
     ("--dataset folder", "--dataset folder needs --data"),
     ("--data nowhere", "there is no folder nowhere"),
+    ("--data {own}/notes.txt", "{own}/notes.txt is a file: data must name a folder of images"),
+    ("--kds out", "there is no --kds; did you mean --kd?"),
     ("--out {own}", "--out {own} holds files that are not of a run (README.md, notes.txt): give another folder"),
     ("--out {dit}", "holds files that are not of a run (config.json, model.safetensors)"),
     ("--data {photos} --out {photos}", "--out {photos} lies in --data {photos}, its pictures would be taken for"),
