@@ -550,7 +550,7 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.65)
             if name.startswith("--") and near:
                 self.error(f"there is no {name}; did you mean {near[0]}?")
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
