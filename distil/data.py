@@ -114,8 +114,7 @@ def _digits(ask: Request) -> Images:
     """Scikit-learn's 1,797 handwritten digits of 8x8 pixels, as they are or enlarged to 16x16."""
     if ask.data is not None:
         raise ValueError(f"digits are embedded and need no data, got {ask.data}; your own images are called 'folder'")
-    if ask.image_size not in (8, 16) or ask.channels != 1:
-        raise ValueError(f"digits have 1 channel at image size 8 or 16, not {ask.channels} at {ask.image_size}")
+    check_digits(ask.image_size, ask.channels)
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -128,6 +127,12 @@ def _digits(ask: Request) -> Images:
     images, labels = images[part], digits.target[part].astype(np.int64)
     about = machine.digest(np.ascontiguousarray(images), labels)
     return Images(images, labels, ask.name, fingerprint=about)
+
+
+def check_digits(size: int, channels: int = 1) -> None:
+    """ValueError for digits that there are not."""
+    if size not in (8, 16) or channels != 1:
+        raise ValueError(f"digits have 1 channel at image size 8 or 16, not {channels} at {size}")
 
 
 def _folder(ask: Request, wanted: Sequence[str] = ()) -> Images:

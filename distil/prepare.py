@@ -209,15 +209,20 @@ def open_data(settings: Settings, channels: int | None = None) -> tuple[data.Ima
     given = {"channels": channels} if settings.dataset in SIZES else {}
     with rank_0_first():  # it downloads and decodes; the others find the result
         images = data.load(settings.dataset, settings.data, image_size=settings.image_size, **given)
+    check_images(settings, images)
+    if settings.dataset != "digits":
+        return images, None
+    return images, data.load("digits", image_size=settings.image_size, split="test")
+
+
+def check_images(settings: Settings, images: data.Images) -> None:
+    """ValueError where there are too few images to score samples, or none that --group-size divides."""
     n = len(images.images)
     if settings.eval_samples and n < 6:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
         raise ValueError(f"{settings.data} holds {n} images, too few to compare samples with: {remedy}")
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
     place(probe, probe, group_size=settings.group_size)  # refuses a group size that does not fit
-    if settings.dataset != "digits":
-        return images, None
-    return images, data.load("digits", image_size=settings.image_size, split="test")
 
 
 class Opened(NamedTuple):
@@ -443,6 +448,7 @@ def sketch(settings: Settings, images: data.Images, teacher: Network | None = No
 def dry_run(settings: Settings) -> str:
     """What a command comes to, and what is missing for it. Nothing is trained, fetched, decoded or written."""
     settings = sized(settings, find_device(settings.device))
+    check_out(settings)
     lines = [json.dumps(plain(settings), indent=2)]
     if settings.data is None:
         lines.append(f"data: {settings.dataset}; what is not in {data.ROOT}/ is fetched, or you are told from where")
@@ -458,21 +464,30 @@ def dry_run(settings: Settings) -> str:
         otherwise = "is no folder here, so it is taken from the hub"
     there = Path(file).exists()
     lines.append(f"teacher: {file}" + ("" if there else f" {otherwise}"))
-    images = pretended(settings)
-    if images is not None and (there or settings.teacher in ("auto", "train")):
-        given = open_network("teacher", settings) if there and settings.teacher not in ("auto", "train") else None
-        nets = sketch(settings, images, given and given.build(images))
-        lines.append(outlook(settings, images, *nets, trained=settings.teacher != "train" or there))
+    usual = settings.teacher in ("auto", "train")
+    given = open_network("teacher", settings) if (there and not usual) or (usual and settings.arch not in NEW) else None
+    start = open_network("student", settings) if settings.student and Path(settings.student).exists() else None
+    images = pretended(settings, given and given.channels)
+    if images is not None and (there or usual):
+        check_images(settings, images)
+        teacher, student = fitted("teacher", given, settings, images), fitted("student", start, settings, images)
+        check_students(settings, images, teacher, student)
+        check_steps(settings, teacher, student)
+        teacher, made = sketch(settings, images, teacher)
+        lines.append(outlook(settings, images, teacher, student or made, settings.teacher != "train" or there))
     return "\n".join(lines)
 
 
-def pretended(settings: Settings) -> data.Images | None:
+def pretended(settings: Settings, channels: int | None = None) -> data.Images | None:
     """Images as those of a run are, without a pixel of them; None for latents that are not there. Those of a folder are
-    counted, of others there are ten, without a fingerprint."""
-    _, _, channels = data.DATASETS[settings.dataset]
+    counted, of others there are ten, without a fingerprint. channels: of a folder's images; None takes 3."""
+    _, _, own = data.DATASETS[settings.dataset]
+    channels = own or channels
+    if settings.dataset == "digits":
+        data.check_digits(settings.image_size)
     if Path(settings.data or "", data.RECORD).exists():
         return data.load(settings.dataset, settings.data, image_size=settings.image_size)
-    if channels is None and settings.dataset not in SIZES:
+    if own is None and settings.dataset not in SIZES:
         return None
     names = data.image_files(Path(settings.data)) if settings.dataset in SIZES else []
     n, known = len(names) or 10, digest("\n".join(names).encode("utf-8", "surrogateescape")) if names else ""

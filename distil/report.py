@@ -336,10 +336,10 @@ def title(settings: dict[str, Any]) -> str:
     """What was cut from what, and how it was distilled."""
     arch, size = settings.get("arch", "unet"), settings["image_size"]
     dataset = f"{settings['dataset']} {size}x{size}" if size else settings["dataset"]
-    if settings.get("keep"):
-        cut = f"blocks {', '.join(str(block) for block in settings['keep'])} kept"
-    elif arch == "sd":
+    if settings.get("student"):
         cut = f"student {settings['student']}"
+    elif settings.get("keep"):
+        cut = f"blocks {', '.join(str(block) for block in settings['keep'])} kept"
     else:
         cut = f"{settings['prune']:.0%} of the {'channels' if arch == 'unet' else 'blocks'} pruned"
     fold = "" if settings.get("fold_steps") is None else f" to {folded_to(settings['fold_steps'])} steps"

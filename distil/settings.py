@@ -375,6 +375,12 @@ class Settings:
             raise ValueError(f"--head is for --arch unet and dit: {self.arch} takes none")
         if self.keep is not None and arch.pruning != "blocks":
             raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
+        if arch.pruning != "channels" and self.norm_groups != "keep":
+            raise ValueError(
+                f"--norm-groups scale is of a U-Net that loses channels: --arch {self.arch} has none of it"
+            )
+        if self.keep is not None and self.student is not None:
+            raise ValueError("--keep names blocks of the teacher, and --student brings its own: give one of the two")
         if arch.pruning == "blocks" and (self.channel_mults or self.teacher_norm_groups):
             raise ValueError("--channel-mults and --teacher-norm-groups are of a U-Net: use --arch unet")
         drawn = ("--depth-method", self.depth_method)

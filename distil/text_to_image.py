@@ -271,9 +271,13 @@ class Vae:
         folder, read = Path(where), partial(kind.from_pretrained, str(where), use_safetensors=True)
         if not folder.exists() and not HUB_ID.fullmatch(str(where)):
             raise FileNotFoundError(f"--vae {where} is neither a folder nor a Hugging Face id such as owner/name")
+        part = "vae" if (folder / "vae" / "config.json").is_file() else None
+        if folder.is_dir() and not any((folder / (part or ".")).glob("diffusion_pytorch_model*.safetensors*")):
+            missing = "it holds no diffusion_pytorch_model.safetensors, the weights of an AutoencoderKL"
+            raise ValueError(f"--vae {where} cannot be loaded: {missing}")  # diffusers would print a line of its own
         try:
             try:
-                self.net = read(subfolder="vae" if (folder / "vae" / "config.json").is_file() else None)
+                self.net = read(subfolder=part)
             except OSError:
                 if folder.exists():
                     raise

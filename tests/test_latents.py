@@ -261,7 +261,7 @@ def test_another_image_size_is_refused(workspace):
     ("changes", "message"),
     [
         ({"vae": "nowhere"}, "neither a folder nor a Hugging Face id"),
-        ({"vae": "images"}, "cannot be loaded"),
+        ({"vae": "images"}, "--vae images cannot be loaded: it holds no diffusion_pytorch_model.safetensors"),
         ({"images": "nowhere"}, "there is no folder"),
         ({"more": ["--image-size", "17"]}, "no multiple of 2"),
         ({"more": ["--batch", "0"]}, "--batch 0"),

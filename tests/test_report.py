@@ -222,6 +222,7 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
         ({"arch": "dit", "prune": 0.5}, "digits 8x8, 50% of the blocks pruned, distilled with place"),
         ({"arch": "dit", "keep": [0, 3]}, "digits 8x8, blocks 0, 3 kept, distilled with place"),
         ({"arch": "sd", "student": "tiny", "image_size": None}, "digits, student tiny, distilled with place"),
+        ({"student": "runs/a/student"}, "digits 8x8, student runs/a/student, distilled with place"),
         ({"fold_steps": 5}, "digits 8x8, 90% of the channels pruned, distilled with place to 5 steps"),
     ],
 )

@@ -921,6 +921,8 @@ REFUSED = [
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
     ("--head neck", "--head neck", "choose from statistics"),
     ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit", "sd"),
+    ("--arch dit --norm-groups scale", "--norm-groups scale is of a U-Net", "--arch dit has none of it"),
+    ("--arch dit --keep 0,1 --student {dit}", "--keep names blocks of the teacher", "give one of the two"),
     ("--arch dit --channel-mults 1,2", "--channel-mults", "--arch unet"),
     ("--group-size 7", "7", "64", "2, 4, 8, 16, 32, 64"),
     ("--image-size 12", "8 or 16", "12"),
@@ -984,7 +986,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     """Saved networks that do not go with the digits."""
     folder = tmp_path_factory.mktemp("networks")
     nets = {"rgb": models.UNet(16, 3, **SMALL), "dit": models.DiT(8, 2, 1, 8, 1, 2, num_classes=3)}
-    nets |= {"sd": models.UNet(8, 1, **SMALL), "fold": models.UNet(8, 1, **SMALL)}
+    nets |= {"usual": models.UNet(8, 1, **SMALL), "sd": models.UNet(8, 1, **SMALL), "fold": models.UNet(8, 1, **SMALL)}
     nets["sd"].process, nets["fold"].process = {"name": "sd"}, {"fold": [0, 200, 400, 600, 800]}
     nets |= {"more": models.UNet(8, 1, **SMALL | {"num_res_blocks": 2})}
     nets |= {"level": models.UNet(8, 1, **SMALL | {"channel_mults": (1, 2, 2)})}
@@ -999,6 +1001,34 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     for i in range(6):
         Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(folder / "photos" / f"{i}.png")
     return {name: folder / name for name in (*nets, "own", "photos")}
+
+
+# of these a dry run says what is missing, or does not look for the library or the processes
+UNSEEN = ("--vae x", "--log wandb", "--fsdp", "--teacher /nowhere", "nope.pth", "--dataset lsun_church",
+          "--dataset imagenet", "--data x")  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [row[0] for row in REFUSED if not row[0].endswith(UNSEEN)])
+def test_a_dry_run_refuses_what_the_run_refuses(arguments, networks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sentences = []
+    for only_look in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            train.main(parse(arguments.format(**networks).split()), only_look)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and not out
+        sentences.append(err.strip().splitlines()[-1])
+    assert sentences[0] == sentences[1] and not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_holds_a_teacher_against_a_folder_of_which_it_reads_no_image(networks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(parse("--data {photos} --teacher {fold}".format(**networks).split()), True)
+    assert "it takes samples of shape (1, 8, 8), not (1, 32, 32): use one that fits" in capsys.readouterr().err
+    own = parse(["--student", str(networks["usual"]), "--teacher", str(networks["usual"])])
+    assert train.main(own, True) == 0 and "(100.0%)" in capsys.readouterr().out  # the student is the given one
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(arguments, words) for arguments, *words in REFUSED])
