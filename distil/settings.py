@@ -553,16 +553,13 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; a program whose own command line this is ends with one line on Ctrl-C and SIGTERM."""
         if argv is None:
             leave_on_signals(self.prog)
-        given, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.65)
-            if name.startswith("--") and near:
-                self.error(f"there is no {name}; did you mean {near[0]}?")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return given
+        return super().parse_args(argv, namespace)
 
     def error(self, message: str) -> None:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.65)
+        if message.startswith("unrecognized") and unknown.startswith("--") and near:
+            message = f"there is no {unknown}; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_options(self, kind: type, presets: tuple[str, ...] = (), groups: dict[str, str] | None = None) -> None:
