@@ -682,7 +682,7 @@ def test_a_batch_that_is_not_the_published_one_is_never_unpickled(cifar, here, n
         ("folder", {"data": ".", "channels": 4}, "not 4"),
         ("folder", {"data": "nowhere"}, "no folder .*nowhere"),
         ("folder", {"data": "empty"}, r"no images in .*empty.*png"),
-        ("folder", {"data": "file.png"}, "no folder .*file.png"),
+        ("folder", {"data": "file.png"}, "file.png is a file: data must name a folder of images"),
         ("celeba", {"data": "empty"}, "looked for img_align_celeba.zip, img_align_celeba/, .png"),
         ("lsun_church", {"split": "all"}, "'train' or 'test'"),
         ("lsun_bedroom", {"data": "empty"}, "looked for bedroom_train_lmdb/ .unzipped., .png"),
