@@ -353,11 +353,10 @@ def _open_lmdb(folder: Path) -> Any:
 
 def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
     """The images below `folder`, hidden ones left out: sorted relative names with forward slashes.
-    OSError: no such folder. ValueError: no images; the message says what else was `wanted`."""
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file: data must name a folder of images")
+    FileNotFoundError: no such folder. ValueError: no images; the message says what else was `wanted`."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; data must name a folder of images")
+        wrong = f"{folder} is a file:" if folder.is_file() else f"there is no folder {folder};"
+        raise FileNotFoundError(f"{wrong} data must name a folder of images")
 
     def stop(error: OSError) -> None:  # os.walk would leave out a folder that it may not read
         raise error
