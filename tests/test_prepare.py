@@ -404,11 +404,19 @@ RUNS = sorted((ROOT / "benchmarks").rglob("metrics.json"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=[path.parent.name for path in RUNS])
-def test_the_run_of_an_earlier_version_is_no_other_run(path):
+def test_the_settings_of_every_committed_run_can_be_used(path):
     former = json.loads(path.read_text("utf-8"))["settings"]
-    prepare.refuse_other_settings(restored(former), former, path)
     with pytest.raises(ValueError, match="--lr was"):
         prepare.refuse_other_settings(replace(restored(former), lr=0.5), former, path)
+
+
+@pytest.mark.parametrize("command", ["", "--data photos --image-size 32", "--fold-steps 10 --kd out --fold-end last"])
+@pytest.mark.parametrize("name", ["flip", "head", "timesteps", "ema_warmup", "lift_per", "sampler", "fold_end"])
+def test_the_run_of_an_earlier_version_without_a_setting_is_no_other_run(command, name):
+    now = parse(command.split())
+    former = plain(now)
+    del former[name]
+    prepare.refuse_other_settings(now, former, Path("checkpoint.pt"))
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_left_alone_and_a_wrong_one_refused(tmp_path, monkeypatch):
