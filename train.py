@@ -36,23 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
-from distil import data, evaluate, fast_loss, machine, report
+from distil import data, disk, evaluate, fast_loss, machine, report
+from distil.batches import Batch, batches
+from distil.earlier import read_checkpoint
 from distil.machine import Stop, hash_seed, mean_over_ranks, rank_and_world, say
-from distil.prepare import (
-    Batch,
-    Run,
-    batches,
-    dry_run,
-    new_network,
-    open_teacher,
-    outlook,
-    prepare,
-    read_checkpoint,
-    sketch,
-    smaller,
-    start_of,
-    teacher_settings,
-)
+from distil.networks import Run, new_network, smaller, start_of, teacher_settings
+from distil.prepare import dry_run, open_teacher, outlook, prepare, sketch
 from distil.process import Process, fold_of, make_process, process_of, split
 from distil.students import FEATURES, PATIENCE, ShardedStudent, Student, autocast, find_dtype, predict, tap, timed
 from lift_place import PRESETS, Distillation, adaptive, schedule
@@ -318,7 +307,7 @@ def train(
     bar = machine.progress_bar(initial=start, total=settings.steps, desc=folder.name, unit="step",
                                disable=rank_and_world()[0] > 0)  # fmt: skip
     every = settings.save_every if settings.preview_every is None else settings.preview_every
-    logging, began = machine.open_log(folder, start, settings.log, plain(settings)), math.inf
+    logging, began = disk.open_log(folder, start, settings.log, plain(settings)), math.inf
     with Stop() as stop, logging as log, contextlib.closing(stream), bar:
         for at in range(start, settings.steps) if learning else ():
             diverged = [student for student in learning if student.diverged()] if at % PATIENCE == 0 else []
@@ -397,11 +386,11 @@ def save_checkpoint(settings: Settings, students: list[Student], folder: Path, s
     tensors = [tensor for state in states.values() for tensor in [*state["module"].values(), *state["ema"].values()]]
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise OSError(f"{path} was not written: weights are not finite at step {steps}; an earlier checkpoint stays")
-    machine.need_room(folder, 2 * sum(tensor.nbytes for tensor in tensors), f"{path}, with two moments a weight,")
-    with machine.whole(path) as part:
+    disk.need_room(folder, 2 * sum(tensor.nbytes for tensor in tensors), f"{path}, with two moments a weight,")
+    with disk.whole(path) as part:
         with part.open("wb") as file:
             torch.save({"step": steps, "settings": plain(settings), "data": images.about, "students": states}, file)
-        machine.seal(part)
+        disk.seal(part)
         if path.exists():
             path.replace(former)
 
@@ -416,7 +405,7 @@ def restore(student: Student, checkpoint: dict[str, Any], path: Path) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         remedy = "put a good copy there, or remove it, and the run starts from step 0"
-        raise machine.Damaged(f"{path} holds no state of {student.name} ({reason}): {remedy}") from error
+        raise disk.Damaged(f"{path} holds no state of {student.name} ({reason}): {remedy}") from error
 
 
 def resume(
@@ -432,7 +421,7 @@ def resume(
             restore(student, checkpoint, folder / "checkpoint.pt")
         say(f"{folder}: resumed at step {start} of {settings.steps}")
     if rank_and_world()[0] == 0:
-        machine.write_json(folder / "config.json", plain(settings))
+        disk.write_json(folder / "config.json", plain(settings))
     look = functools.partial(preview, settings, students, run, process)
     train(settings, students, teacher, run.images, process, start, look)
 
@@ -447,7 +436,7 @@ def train_teacher(run: Run, process: Process) -> Network:
     SystemExit: stopped early, with 3 because it diverged."""
     settings = teacher_settings(run.settings)
     folder = Path(settings.out)
-    with machine.lock(folder):
+    with disk.lock(folder):
         with machine.refusing("train.py"):
             teacher = open_teacher(run.settings, run.images)  # another run may have trained it meanwhile
             checkpoint = read_checkpoint(settings, folder, run.images.about)
@@ -526,7 +515,7 @@ def distil(run: Run) -> dict[str, Any] | None:
             row["stopped"] = student.stopped
     for place in dict.fromkeys((folder, folder / "student", *folders)):
         report.card(place, metrics)
-    machine.write_json(folder / "metrics.json", metrics)
+    disk.write_json(folder / "metrics.json", metrics)
     announce(metrics, folder)
     return metrics
 
@@ -549,7 +538,7 @@ def main(settings: Settings, only_look: bool = False) -> int:
         return 0
     with machine.processes(settings.device), contextlib.ExitStack() as held:
         with machine.refusing("train.py"):  # what a user gave
-            held.enter_context(machine.lock(settings.out, "wait for it, or give another --out"))
+            held.enter_context(disk.lock(settings.out, "wait for it, or give another --out"))
             run = prepare(settings)
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)

@@ -33,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lift_place
 import train
 from benchmarks import official
-from distil import fast_loss, machine
+from distil import disk, fast_loss, machine
+from distil.batches import Batch, draw
+from distil.command import Parser, check, flag
 from distil.metrics import macs
-from distil.prepare import Batch, draw
 from distil.process import DDPM
-from distil.settings import Parser, Settings, check, flag
+from distil.settings import Settings
 from distil.students import Student, Tapped, autocast, find_dtype
 from models import UNet, prune_channels
 
@@ -384,7 +385,7 @@ def measure(b: Any, sections: dict[str, Section], result: Row, path: Path) -> bo
         result["sections"][name] = found
         result["seconds"] = round(result.get("seconds", 0) + time.perf_counter() - began)
         print(f"\n{shown(name, found)}", flush=True)
-        machine.write_json(path, result, indent=1)  # after every section: a run may be cut short
+        disk.write_json(path, result, indent=1)  # after every section: a run may be cut short
     return not any("error" in section for section in result["sections"].values())
 
 
@@ -396,7 +397,7 @@ def sentence(error: Exception) -> str:
 def saved(path: Path) -> str:
     """The tables of the JSON that an earlier call wrote; ValueError for another file."""
     try:
-        sections = machine.read_json(path, "it is not what bench.py writes")["sections"]
+        sections = disk.read_json(path, "it is not what bench.py writes")["sections"]
         return "\n\n".join(shown(name, section) for name, section in sections.items())
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}: name one that bench.py wrote") from error

@@ -15,9 +15,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from distil import doctor, machine, report, sample
+from distil import disk, doctor, machine, report, sample
 from distil.calibrate import Calibrated
-from distil.settings import Parser, check, plain
+from distil.command import Parser, check
+from distil.settings import plain
 
 WAYS = {"plain": (False, False), "clip": (False, True), "calibrated": (True, False), "calibrated, clip": (True, True)}
 
@@ -50,7 +51,7 @@ def write(
     """OUT/metrics.json in the form of a run's, OUT/samples.png of the first seed's students, and a printed table."""
     found = {"settings": plain(doctor.run_settings(run)), "machine": machine.describe(), "protocol": protocol, **more}
     out.mkdir(parents=True, exist_ok=True)
-    machine.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
+    disk.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
     first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}
     report.grid(out / "samples.png", first, lines=1)
     print(f"{report.table(rows)}\n\n{protocol}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distil import machine
+from distil import disk, machine
 from distil.settings import Settings
 from notebooks.analysis import finished
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
                     kept = {key: row.get(key) for key in ("method", "seed", "frechet_pixels", "frechet_digits")}
                     rows.append({"steps": steps, "run": name, "clip_x0": clip, **kept})
                 found = {"machine": machine.describe(), "rows": rows}
-                machine.write_json(Path(__file__).with_suffix(".json"), found)
+                disk.write_json(Path(__file__).with_suffix(".json"), found)
 
 
 if __name__ == "__main__":

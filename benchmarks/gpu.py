@@ -39,9 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from benchmarks import bench, calibrate
 from benchmarks.bench import Cases, Row
-from distil import machine, metrics, prepare, students
+from distil import disk, machine, metrics, networks, students
+from distil.batches import draw
+from distil.command import Parser, check
 from distil.process import make_process
-from distil.settings import Parser, Settings, check
+from distil.settings import Settings
 from distil.students import ShardedStudent, Student
 from distil.text_to_image import MMDiT, TextUNet
 
@@ -133,8 +135,8 @@ def text_step(b: Setup, kind: str, recompute: bool) -> Callable[[], None]:
     with b.device:
         teacher = network.of(config).eval().requires_grad_(False)
     teacher.fit(shape, cond, settings.caption_dropout)
-    run = prepare.Run(settings, b.device, *[None] * 5, checkpoint={}, metrics=None)
-    net = prepare.start_of(run, prepare.SMALLER[teacher.pruning](run, teacher, None, None, 0), 0, {})
+    run = networks.Run(settings, b.device, *[None] * 5, checkpoint={}, metrics=None)
+    net = networks.start_of(run, networks.SMALLER[teacher.pruning](run, teacher, None, None, 0), 0, {})
     kd, process = train.resolve(settings, "place"), make_process(settings.process)
     tapped = students.tap(teacher, net, kd.taps)
     one = Student(settings, kd, 0, net, tapped)
@@ -143,7 +145,7 @@ def text_step(b: Setup, kind: str, recompute: bool) -> Callable[[], None]:
     cond = {name: value.expand(batch, *value.shape) for name, value in cond.items()}
 
     def step() -> None:
-        shown = prepare.draw(settings, latents, cond, process, teacher, 0)
+        shown = draw(settings, latents, cond, process, teacher, 0)
         train.step(settings, [one], tapped, process, shown, 0)
 
     return step
@@ -255,7 +257,7 @@ def run(b: Setup, norms: str) -> Iterable[Row]:
     calibrate.main([settings.out, str(out), *(few if b.quick else ["--num", "600"])])
     for name in ("curves.png", "log.jsonl"):
         shutil.copy(Path(settings.out) / name, out)
-    found = machine.read_json(out / "metrics.json", "remove it")
+    found = disk.read_json(out / "metrics.json", "remove it")
     for row in [found["teacher"], *found["students"]]:
         yield {name: value for name, value in row.items() if value is not None}
 
@@ -299,7 +301,7 @@ def started(path: Path, about: Row) -> Row:
     """What an earlier call wrote to `path`, else the beginning of it; ValueError if that measured something else."""
     if not path.exists():
         return {**about, "sections": {}}
-    result = machine.read_json(path, "remove it, or give another --out")
+    result = disk.read_json(path, "remove it, or give another --out")
     keys = [("options",), ("official",), ("machine", "gpu"), ("machine", "torch")]
     for key in keys:
         was, now = (reduce(dict.__getitem__, key, found) for found in (result, about))

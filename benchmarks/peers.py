@@ -27,7 +27,8 @@ import train
 from benchmarks import bench, official
 from benchmarks.bench import Cases, Row
 from benchmarks.official import package
-from distil import machine, prepare
+from distil import machine
+from distil.batches import draw
 from distil.process import make_process
 from distil.settings import Settings
 from distil.students import Student, tap
@@ -195,7 +196,7 @@ def dit_step(b: bench.Setup) -> Iterable[Row]:
     latents, y = torch.randn(batch, 2, *net.shape), torch.arange(batch)
 
     def step() -> None:
-        shown = prepare.draw(settings, latents, {"y": y}, process, teacher, 0)
+        shown = draw(settings, latents, {"y": y}, process, teacher, 0)
         train.step(settings, [one], tapped, process, shown, 0)
 
     cases: Cases = {"out+feat": step}

@@ -25,8 +25,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import calibrate
-from distil import data, doctor, machine, metrics, prepare, report, sample
-from distil.settings import Parser, Settings
+from distil import data, doctor, machine, metrics, networks, report, sample
+from distil.command import Parser
+from distil.settings import Settings
 from notebooks.analysis import finished, panels, trend
 
 HERE, RUNS, ROOT = Path(__file__).parent / "scale", Path("runs/scale"), Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def settings_of(size: int, prune: float, norms: str, teacher_seed: int, seeds: t
     settings = Settings(**RECIPE, **about, seed=teacher_seed, seeds=seeds, out=str(RUNS / name))
     with torch.device("meta"):
         plain = replace(settings, dropout=0.0, seeds=(0,))  # dropout is chosen when the images are counted
-        prepare.new_network(plain, data.Images(np.zeros((1, 1, size, size), np.uint8), None, "folder"))
+        networks.new_network(plain, data.Images(np.zeros((1, 1, size, size), np.uint8), None, "folder"))
     return settings
 
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks import bench
 from benchmarks.bench import Row
-from distil import data, evaluate, importance, machine, metrics, prepare
+from distil import data, disk, evaluate, importance, machine, metrics, pictures
+from distil.batches import batches
 
 CELEBA, GENERATED = 162_770, 50_000  # images to train on, and to score
 
@@ -44,11 +45,11 @@ def training(b: bench.Setup) -> Iterable[Row]:
         shape = (256 if b.quick else 20_000, 3, b.size, b.size)
         file = np.lib.format.open_memmap(Path(folder, "images.npy"), "w+", np.uint8, shape)  # as the cache keeps them
         images = data.Images(file, None, "celeba")
-        stream = opened.enter_context(contextlib.closing(prepare.batches(settings, images, b.process, b.teacher)))
+        stream = opened.enter_context(contextlib.closing(batches(settings, images, b.process, b.teacher)))
         batch = next(stream)
         with torch.no_grad():
             output, other = (net(batch.x_t, batch.t) for net in (student.ema, b.teacher))
-        with machine.open_log(Path(folder), 0, settings.log, {}) as log:
+        with disk.open_log(Path(folder), 0, settings.log, {}) as log:
             log({"step": 0, "loss": 0.0})  # for the curves of previews
         jpeg = io.BytesIO()
         pixels = np.random.default_rng(0).integers(0, 256, (27, 22, 3), np.uint8)  # smooth, as photographs are
@@ -73,7 +74,7 @@ def training(b: bench.Setup) -> Iterable[Row]:
             importance.accumulate_gradients, b.teacher, b.process, x0, noise, timesteps=[500], progress=False
         )
         took["Taylor importance"] = (1000 * settings.taylor_batch // len(x0), medians(b, gradients))
-        decoded = medians(b, lambda: [data.decode(one, b.size, 3) for one in files]) / len(files)
+        decoded = medians(b, lambda: [pictures.decode(one, b.size, 3) for one in files]) / len(files)
         took["JPEGs to pixels, once"] = (CELEBA, decoded)
         mib = {"checkpoints": Path(folder, "checkpoint.pt").stat().st_size / 2**20}
     total = sum(times * s for times, s in took.values())

@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # `python -m distil.NAME`: Ctrl-C is answered in one line while torch is loaded, too
-    from distil.settings import leave_on_signals
+    from distil.command import leave_on_signals
 
     leave_on_signals("distil")

@@ -28,7 +28,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from distil import machine, teachers
+from distil import disk, machine, teachers
 from distil.process import Process, split
 from models import Network, correct, fingerprint, statistics
 
@@ -73,7 +73,7 @@ class Calibration(nn.Module):
     def save(self, folder: str | os.PathLike) -> None:
         """Writes calibration.safetensors into the folder of a saved student."""
         tensors = {"times": self.times, "weights": self.weights}
-        with machine.whole(Path(folder) / FILE) as part:
+        with disk.whole(Path(folder) / FILE) as part:
             part.write_bytes(to_bytes(tensors, metadata={"about": json.dumps(self.about)}))
 
 

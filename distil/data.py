@@ -4,7 +4,6 @@ Images are decoded and resized once, into shards below `runs/cache/`, which may 
 to keep (LSUN bedroom: 596 GB) are decoded whenever they are indexed. In the network pixels are float32, -1 .. 1.
 """
 
-import contextlib
 import io
 import itertools
 import math
@@ -24,21 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil import machine, shards
+from distil import disk, machine, pictures, shards
 
 DIGITS_TRAIN = 1500  # of scikit-learn's 1,797; the others are to test
 SPLITS = ("train", "test", "all")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ROOT = "data"  # where official files are looked for, and downloaded to, when no folder is given
 CACHE = "runs/cache"  # of decoded images
 MAX_CACHE = 100e9  # bytes: a larger set is decoded whenever it is used, not kept. CelebA 2 GB, LSUN church 25 GB
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the name says; Pillow would open far more
-MAX_PIXELS, MAX_ASPECT = 178_956_970, 100  # of an image; above LARGE pixels a JPEG is decoded in less detail
-LARGE = 25_000_000
 RECIPE = 3  # part of the key of a cache entry: raise it when `decode` or the format changes
 RECORD = "latents.json"  # in a folder of latents: how they were made
 WORKERS = 2  # threads that fetch batches; twice as many batches wait in memory
-CELEBA_IMAGE, CELEBA_FACE = (178, 218), (25, 57, 25 + 128, 57 + 128)  # width, height; left, top, right, bottom
+CELEBA_FACE = (25, 57, 25 + 128, 57 + 128)  # left, top, right, bottom
 
 
 class Images(NamedTuple):
@@ -141,13 +136,16 @@ def _folder(ask: Request, wanted: Sequence[str] = ()) -> Images:
         raise ValueError("the data set 'folder' needs data, the folder that holds the images")
     if ask.split == "test":
         raise ValueError("a folder has no test split: keep held-out images in a folder of their own and load that one")
-    names = image_files(ask.data, wanted)
-    ask = ask._replace(channels=ask.channels or (1 if are_gray(ask.data, names) else 3))
+    names = pictures.image_files(ask.data, wanted)
+    gray = pictures.are_gray(ask.data, names)
+    if ask.channels == 1 and not gray:
+        machine.note(f"{ask.data}: its images have colours, and are read as gray ones")
+    ask = ask._replace(channels=ask.channels or (1 if gray else 3))
     if ask.name != "folder":
         missing = f"no {' or '.join(wanted)} in {ask.data}"
         machine.note(f"{ask.name}: {missing}, so its {len(names):,} images are taken as a plain folder")
     files = [ask.data / name for name in names]
-    return _decoded(ask, ask.data.name, names, ask.data.joinpath, files, folder_labels(names))
+    return _decoded(ask, ask.data.name, names, ask.data.joinpath, files, pictures.folder_labels(names))
 
 
 def _celeba(ask: Request) -> Images:
@@ -165,8 +163,8 @@ def _celeba(ask: Request) -> Images:
         if ask.data is None and name in forms and not _first(home, *forms[name]):
             fetch = partial(utils.download_file_from_google_drive, file_id, filename=name, md5=md5)
             _download(home / name, fetch, f"{packed} and {table} from {source}")
-    pictures, partition = (_first(home, *names) for names in forms.values())
-    if pictures is None:
+    faces, partition = (_first(home, *names) for names in forms.values())
+    if faces is None:
         return _folder(ask, (packed, f"{unpacked}/"))
     if partition is None:
         raise FileNotFoundError(f"{table} is missing in {home}: fetch it from {source}")
@@ -176,17 +174,17 @@ def _celeba(ask: Request) -> Images:
     if not names:
         raise ValueError(f"{partition} names no image of the {ask.split} split; its lines must read '000001.jpg 0'")
     count = f"{len(names):,} images in the {ask.split} split"
-    machine.note(f"celeba: {pictures.name} and {partition.name} in {home}, {count}")
-    if pictures.is_dir():
-        pictures = _first(pictures, unpacked) or pictures  # Kaggle's copy unpacks into two folders
-        return _decoded(ask, f"celeba-{ask.split}", names, pictures.joinpath, sorted(pictures.iterdir()))
+    machine.note(f"celeba: {faces.name} and {partition.name} in {home}, {count}")
+    if faces.is_dir():
+        faces = _first(faces, unpacked) or faces  # Kaggle's copy unpacks into two folders
+        return _decoded(ask, f"celeba-{ask.split}", names, faces.joinpath, sorted(faces.iterdir()))
     try:
-        archive = zipfile.ZipFile(pictures)
+        archive = zipfile.ZipFile(faces)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{pictures} is damaged, fetch it again: {error}") from error
+        raise ValueError(f"{faces} is damaged, fetch it again: {error}") from error
 
     return _decoded(
-        ask, f"celeba-{ask.split}", names, lambda name: io.BytesIO(archive.read(f"{unpacked}/{name}")), [pictures]
+        ask, f"celeba-{ask.split}", names, lambda name: io.BytesIO(archive.read(f"{unpacked}/{name}")), [faces]
     )
 
 
@@ -260,13 +258,13 @@ def _latents(ask: Request) -> Images:
     if not (folder / RECORD).exists():
         return _one_per_file(ask)
     try:
-        record = machine.read_json(folder / RECORD, "remove it and encode again")
+        record = disk.read_json(folder / RECORD, "remove it and encode again")
         if min(record["count"], record["shard"], record["classes"] + 1, *record["size"]) < 1:
             raise ValueError("a number is too small")
         latents = shards.Shards(folder, "latents", (record["count"], 2, *record["size"]), record["shard"])
         labels = np.array(shards.open_array(folder / "labels.npy", (record["count"],))) if record["classes"] else None
         if labels is not None and not 0 <= labels.min() <= labels.max() < record["classes"]:
-            raise machine.Damaged(f"{folder / 'labels.npy'} holds labels outside of 0 to {record['classes'] - 1}")
+            raise disk.Damaged(f"{folder / 'labels.npy'} holds labels outside of 0 to {record['classes'] - 1}")
         captions = tuple(shards.Embeddings(folder, name, record) for name in record.get("captions", {}))
         size = record["image_size"]
     except OSError:
@@ -351,96 +349,6 @@ def _open_lmdb(folder: Path) -> Any:
         raise ValueError(f"{folder} cannot be opened as an lmdb: {error}") from error
 
 
-def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
-    """The images below `folder`, hidden ones left out: sorted relative names with forward slashes.
-    FileNotFoundError: no such folder. ValueError: no images; the message says what else was `wanted`."""
-    if not folder.is_dir():
-        wrong = f"{folder} is a file:" if folder.is_file() else f"there is no folder {folder};"
-        raise FileNotFoundError(f"{wrong} data must name a folder of images")
-
-    def stop(error: OSError) -> None:  # os.walk would leave out a folder that it may not read
-        raise error
-
-    files, left, base, linked = [], [], Path(os.path.realpath(folder)), []
-    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        for name in [name for name in folders if name.startswith(".")]:
-            folders.remove(name)
-        for name in [name for name in folders if os.path.islink(os.path.join(root, name))]:
-            target = Path(os.path.realpath(os.path.join(root, name)))
-            known = [base, *linked]  # out of the folder once, and never to where one has been or comes from
-            near = any(target.is_relative_to(place) or place.is_relative_to(target) for place in known)
-            if near or not Path(os.path.realpath(root)).is_relative_to(base):
-                folders.remove(name)
-                left.append(os.path.join(root, name))
-            else:
-                linked.append(target)
-        images = [Path(root, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        left += [str(image) for image in images if not image.is_file()]
-        files += [image.relative_to(folder).as_posix() for image in images if image.is_file()]
-    if left:
-        machine.note(f"{folder}: {len(left)} links in a circle, or no files, are left out, such as {left[0]}")
-    if not files:
-        raise ValueError(f"no images in {folder} or below it; looked for {', '.join([*wanted, *SUFFIXES])}")
-    return sorted(files)
-
-
-def are_gray(folder: Path, names: list[str]) -> bool:
-    """Whether the images are gray: of at most 64, evenly spaced, all that can be read."""
-    from PIL import Image
-
-    modes = set()
-    for name in names[:: math.ceil(len(names) / 64)]:
-        with contextlib.suppress(OSError), Image.open(folder / name) as image:
-            modes.add(image.mode)
-    return bool(modes) and modes <= {"1", "L", "LA", "I", "I;16", "F"}
-
-
-def folder_labels(files: list[str]) -> list[int] | None:
-    """The numbers of the sub-folders, in the order of their names, in which the files lie; None if not all do."""
-    groups = [file.partition("/")[0] for file in files]
-    number = {group: i for i, group in enumerate(sorted(set(groups)))}
-    return [number[group] for group in groups] if all("/" in file for file in files) else None
-
-
-def open_image(file: Path | io.BytesIO, image_size: int) -> Any:
-    """An image, still to be decoded, that is to become `image_size` pixels wide; ValueError for one that is too large,
-    or so narrow that its other side would become too large."""
-    from PIL import Image
-
-    opened = Image.open(file, formats=FORMATS)
-    width, height = opened.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-        opened.close()
-        raise ValueError(f"{width}x{height} pixels: more than {MAX_PIXELS:,}, or {MAX_ASPECT} times as long as wide")
-    if width * height > LARGE:
-        opened.draft(None, (8 * image_size, 8 * image_size))
-    return opened
-
-
-def decode(file: Path | io.BytesIO, image_size: int, channels: int, face: tuple | None = None) -> np.ndarray:
-    """One image as (C, image_size, image_size) uint8: upright by its EXIF tag, transparency over white, if of CelebA's
-    size cut to the box `face`, resized by its short side (bilinear, antialiased: LSUN's recipe), centre-cropped."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms import functional as TF
-
-    with open_image(file, image_size) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode[0] in "IF":  # 16-bit gray: convert() would clip it to white
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.max() > 65535 or pixels.min() < 0:
-                raise ValueError("pixels of more than 16 bits have no known range")
-            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-        if face and image.size == CELEBA_IMAGE:
-            image = image.crop(face)
-        image = TF.center_crop(TF.resize(image, image_size, TF.InterpolationMode.BILINEAR), image_size)
-        pixels = np.asarray(image).reshape(image_size, image_size, channels)  # (H, W, C)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
-
-
 def _entry(ask: Request, name: str, key: tuple) -> Path:
     """The folder of the cache for what `key` determines."""
     return ask.cache / f"{name}-{machine.digest(repr(key).encode('utf-8', 'surrogateescape'))}"
@@ -459,7 +367,7 @@ def _decoded(
     face = CELEBA_FACE if ask.name == "celeba" else None
 
     def decode_item(item: Any) -> np.ndarray:
-        return decode(read(item), ask.image_size, ask.channels, face)
+        return pictures.decode(read(item), ask.image_size, ask.channels, face)
 
     if size > MAX_CACHE:
         machine.note(f"{name}: it would take {size / 1e9:.0f} GB, so images are decoded whenever they are used")

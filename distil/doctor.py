@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distil import calibrate, data, machine, metrics, prepare, report, sample, teachers
+from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, teachers
 from distil.calibrate import Calibrated, Calibration
+from distil.command import Parser
 from distil.process import Process, check_guidance, process_of, split
-from distil.settings import Parser, Settings, restored
+from distil.settings import Settings, restored
 from lift_place import lift
 from models import Network, lonely_norms
 
@@ -106,8 +107,8 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     if teacher is None:
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
     for name, net in {"the teacher": teacher, **students}.items():
-        prepare.check_conditions(name, net.conditions, images or settings.data, real, net.num_classes)
-        prepare.check_classes(name, net, teacher)
+        networks.check_conditions(name, net.conditions, images or settings.data, real, net.num_classes)
+        checks.check_classes(name, net, teacher)
     for net in (first, teacher):
         net.fit(real.shape, real.no_condition)
     check_guidance("the teacher", teacher, told.guidance)
@@ -132,7 +133,7 @@ def folded(own: Process, teacher: Network, its: Process, student: Network) -> Pr
     theirs, fold = (list(net.process.get("fold", range(process.steps))) for net, process in pairs)
     if set(fold) <= set(theirs):
         process = own if fold == theirs else own.fold([theirs.index(t) for t in fold])
-        if prepare.agree(its, process):
+        if checks.agree(its, process):
             return process
     remedy = "name the teacher that they were made from with --teacher"
     raise ValueError(f"the students have timesteps or a process that this teacher has not: {remedy}")

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import data, machine, metrics, report, sample
+from distil import data, disk, machine, metrics, report, sample
+from distil.command import Parser, flag, option
 from distil.process import Process, process_of
-from distil.settings import FREE, Parser, Settings, flag, option, plain
+from distil.settings import FREE, Settings, plain
 from distil.text_to_image import ClipScore, Vae
 from models import Network
 
@@ -175,7 +176,7 @@ def join(runs: Sequence[Path]) -> str:
         if run.is_file():
             raise ValueError(f"{run} is a file: name the folder of a finished run")
         try:
-            metrics = machine.read_json(path, "it is not what train.py writes")
+            metrics = disk.read_json(path, "it is not what train.py writes")
             rows.append(report.rows(metrics))
             found.append((metrics["protocol"], dict(metrics.get("settings", {}))))
         except FileNotFoundError as error:
@@ -300,7 +301,7 @@ def fid(
     for name, net in job.nets.items():
         images, done = rooms[name]
         if flags.npz:
-            with machine.whole(Path(flags.out) / name / "samples.npz") as part, part.open("wb") as file:
+            with disk.whole(Path(flags.out) / name / "samples.npz") as part, part.open("wb") as file:
                 np.savez(file, arr_0=images.transpose(0, 2, 3, 1))  # (N, H, W, C)
         seen = extract if small is None else metrics.resized(extract, small)
         fake = metrics.features(seen, images, batch=100, label=f"features of {name}")
@@ -308,7 +309,7 @@ def fid(
         row = {"name": name, "n": job.count, **metrics.feature_scores(real, fake, **options)}
         row |= {"non_finite": int((done == 2).sum()), **sizes(net)}
         about = {"protocol": protocol, "machine": machine.describe()}
-        machine.write_json(Path(flags.out) / name / "scores.json", row | about)
+        disk.write_json(Path(flags.out) / name / "scores.json", row | about)
         rows.append(row)
     return f"{report.fid_table(rows, extract.__name__)}\n\n{protocol}"
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import data, machine, settings, shards
+from distil import command, data, disk, machine, pictures, shards
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -84,7 +84,7 @@ def _webdataset(tars: Sequence[Path]) -> Captioned:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 key = f"{tar.name}/{folder}/{stem}"
-                if f".{suffix.lower()}" in data.SUFFIXES:
+                if f".{suffix.lower()}" in pictures.SUFFIXES:
                     places[key] = tar, member.offset_data, member.size
                 elif suffix == "txt":  # it goes before what a NAME.json says
                     captions[key] = archive.extractfile(member).read().decode("utf-8").strip()
@@ -121,8 +121,8 @@ def encode(
     ValueError: no images, too many unreadable ones, or `out` holds other latents. OSError: no room on the disk.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    found = Captioned(data.image_files(images), [], images.joinpath) if text is None else captioned(images)
-    labels = data.folder_labels(found.files) if text is None else None
+    found = Captioned(pictures.image_files(images), [], images.joinpath) if text is None else captioned(images)
+    labels = pictures.folder_labels(found.files) if text is None else None
     record = _record(vae, text, found, labels, image_size, seed)
     size, kinds = record["size"], record.get("captions", {})
     _begin(out, record, labels, text, rank)
@@ -176,20 +176,20 @@ def _begin(out: Path, record: dict[str, Any], labels: list[int] | None, text: An
     out.mkdir(parents=True, exist_ok=True)
     path = out / data.RECORD
     if path.exists():
-        former = machine.read_json(path, "remove it and encode again")
+        former = disk.read_json(path, "remove it and encode again")
         differ = [f"{key} was {former.get(key)}, is {record[key]}" for key in record if former.get(key) != record[key]]
         if differ:
             raise ValueError(f"{out} holds latents that were made otherwise ({', '.join(differ)}): give another --out")
     elif rank == 0:
         kinds = record.get("captions", {})
         embeddings = sum(math.prod(about["stored"]) for about in kinds.values())
-        machine.need_room(out, record["count"] * (4 * math.prod(record["size"]) + 2 * embeddings), "latents")
+        disk.need_room(out, record["count"] * (4 * math.prod(record["size"]) + 2 * embeddings), "latents")
         arrays = {} if labels is None else {"labels": np.asarray(labels, np.int64)}
         empty = text.encode([""]) if kinds else {}
         arrays |= {f"{name}-empty": _bits(empty[name], about["stored"]) for name, about in kinds.items()}
         for name, values in arrays.items():
             shards.save_array(out / f"{name}.npy", values)
-        machine.write_json(path, record, indent=1)
+        disk.write_json(path, record, indent=1)
 
 
 def _bits(values: Tensor, stored: Sequence[int]) -> np.ndarray:
@@ -202,7 +202,7 @@ def _adm(file: Path | io.BytesIO, image_size: int) -> np.ndarray:
     """One image as (3, image_size, image_size) uint8: the square that ADM cuts out of it (guided diffusion, MIT)."""
     from PIL import Image
 
-    with data.open_image(file, image_size) as opened:
+    with pictures.open_image(file, image_size) as opened:
         image = opened.convert("RGB")
     while min(image.size) >= 2 * image_size:  # halve with a box filter first: the bicubic one then meets no aliasing
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `encode`. Returns 0, or ends with exit code 2 and one sentence on stderr."""
     from distil import text_to_image
 
-    parser = settings.Parser("distil.latents", description="Images to latents, for training in latent space.")
+    parser = command.Parser("distil.latents", description="Images to latents, for training in latent space.")
     add = parser.add_argument
     add("--vae", required=True, help="folder or Hugging Face id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema")
     add("--text", help="folder or id of a Stable Diffusion pipeline, to store the embeddings of captions too")
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {"image_size": options.image_size, "batch": options.batch, "seed": options.seed}
     with machine.refusing("distil.latents"):
         for name, value in sizes.items():
-            settings.check(settings.flag(name), value, settings.SEED if name == "seed" else {"low": 1, "high": 4096})
+            command.check(command.flag(name), value, command.SEED if name == "seed" else {"low": 1, "high": 4096})
         device = machine.find_device(options.device)
         vae = text_to_image.Vae(options.vae, device)
         text = text_to_image.TextEncoder(options.text, device, not options.no_t5) if options.text else None

@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distil import data, machine, shards
+from distil import data, disk, machine, shards
 from models import Network, read_weights, sealed
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
@@ -144,7 +144,7 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
     train, test = (data.load("digits", image_size=image_size, split=split, seed=0) for split in ("train", "test"))
     net = fit_classifier(train, test, steps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with machine.whole(path) as part:
+    with disk.whole(path) as part:
         save_file(net.state_dict(), part, metadata={**sealed(net.state_dict()), "accuracy": repr(net.accuracy)})
     return net
 
@@ -188,7 +188,7 @@ def published(mode: str, url: str, name: str, digits: str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             torch.hub.download_url_to_file(url, path, hash_prefix=digits)  # renamed when whole
-        if not machine.checksum(path).startswith(digits):
+        if not disk.checksum(path).startswith(digits):
             raise ValueError("they are not the published ones, by their checksum")
         yield path
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

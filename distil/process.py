@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distil import machine
-from distil.settings import PROCESSES, SPACINGS, TIMESTEPS
+from distil.presets import PROCESSES, SPACINGS, TIMESTEPS
 
 Net = Callable[[Tensor, Tensor, dict[str, Tensor] | None], Tensor]
 Source = torch.Generator | Sequence[torch.Generator] | None  # of random numbers: one, or one per sample
@@ -490,6 +490,13 @@ def check_guidance(what: str, net: nn.Module, scale: float) -> None:
         raise ValueError(f"{what} was trained with a class for every image, so it cannot be guided: use --guidance 1")
 
 
+def check_sampler(process: Process, steps: int, eta: float = 0.0) -> None:
+    """ValueError for steps or an eta that the sampler does not have, or for one step from where nothing is noise."""
+    process.check_eta(eta)
+    if process.timesteps(steps)[0] == 0 < process.latest:
+        raise ValueError("one step of this spacing begins at t = 0, where all is image: use linspace or more steps")
+
+
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """The prediction (B, channels, ...) in an output, and where its variance lies, if it has 2 `channels`, or None."""
     return output.chunk(2, dim=1) if output.shape[1] == 2 * channels else (output, None)
@@ -524,7 +531,7 @@ def make_process(
     name: str = "ddpm", fold: int | Sequence[int] | None = None, spacing: str = "leading", clip_x0: bool = False,
     timesteps: str = "antithetic", sampler: str = "ddim", **arguments: Any,
 ) -> Process:  # fmt: skip
-    """The process of that name in `settings.PROCESSES`, with other `arguments` where they are given.
+    """The process of that name in `presets.PROCESSES`, with other `arguments` where they are given.
 
     fold, spacing, clip_x0, timesteps, sampler: of DDPM, a flow leaves them aside. A folded process knows its own
     timesteps alone: `phi` is the identity.

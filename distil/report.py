@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import data, machine
+from distil import data, disk, machine
 from distil.metrics import SCORES, DigitClassifier
-from distil.settings import Settings, folded_to
+from distil.presets import folded_to
+from distil.settings import Settings
 from distil.teachers import PUBLIC, export_snippet
 from distil.text_to_image import HUB_ID
 
@@ -243,7 +244,7 @@ def curves(path: Path | str, log: Path | str) -> None:
     from matplotlib.figure import Figure
 
     students: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in machine.read_log(Path(log))[0]:
+    for record in disk.read_log(Path(log))[0]:
         students.setdefault(record["student"], {})[record["step"]] = record  # a step that was repeated counts once
 
     figure = Figure(figsize=(15, 6.5))

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil import calibrate, data, machine, shards, teachers
-from distil.process import Guided, Process, check_guidance, process_of
-from distil.settings import PROCESSES, SAMPLERS, SEED, SPACINGS, Parser, check_fields, flag, option
+from distil import calibrate, data, disk, machine, shards, teachers
+from distil.command import SEED, Parser, check_fields, flag, option
+from distil.presets import PROCESSES, SAMPLERS, SPACINGS
+from distil.process import Guided, Process, check_guidance, check_sampler, process_of
 from distil.text_to_image import TextEncoder, Vae
 from models import Network, fingerprint
 
@@ -142,15 +143,15 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
     extents = {"samples.npy": (n, *shape), "done.npy": (n,)}
     if rank == 0 and not (folder / "samples.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        machine.need_room(folder, n * math.prod(shape), f"{n} samples")
+        disk.need_room(folder, n * math.prod(shape), f"{n} samples")
         for name, extent in extents.items():
             np.lib.format.open_memmap(folder / name, "w+", np.uint8, extent)
-        machine.write_json(folder / "samples.json", record)  # last: without it the files are not looked at
+        disk.write_json(folder / "samples.json", record)  # last: without it the files are not looked at
     if world > 1:
         dist.barrier()
     again = "remove its folder and give the same command again"
     former = {"sampler": "ddim", "time": net.process, "process": record.get("process"),  # older ones do not say these
-              **machine.read_json(folder / "samples.json", again)}  # fmt: skip
+              **disk.read_json(folder / "samples.json", again)}  # fmt: skip
     changes = [f"{key} was {former.get(key)}, is {new}" for key, new in record.items() if former.get(key) != new]
     if changes:
         raise ValueError(f"{folder} holds other samples ({', '.join(changes)}): give these settings or another --out")
@@ -224,7 +225,7 @@ def run_of(folder: Path) -> Path | None:
     for place in (folder, *folder.resolve().parents[:2]):
         config = place / "config.json"
         remedy = "it must be the folder of a run or of a network"
-        if config.is_file() and "kd" in machine.read_json(config, remedy):  # the others are of networks
+        if config.is_file() and "kd" in disk.read_json(config, remedy):  # the others are of networks
             return place
     return None
 
@@ -316,8 +317,7 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     processes = {name: process_of(net, flags.process, **how) for name, net in nets.items()}
     steps = flags.sample_steps or min(100, *(process.steps for process in processes.values()))
     for process in processes.values():  # these refuse what the process does not have
-        process.timesteps(steps)
-        process.check_eta(flags.eta)
+        check_sampler(process, steps, flags.eta)
 
     def told(rows: list[int]) -> dict[str, Tensor]:
         return text.encode([prompts[i] for i in rows])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import machine
+from distil import disk, machine
 
 MAX_CORRUPT = 0.01  # share of unreadable items that is tolerated
 SHARD = 8192  # rows in a file
@@ -86,7 +86,7 @@ class OnTheFly(Rows):
             raise ValueError(f"{count}; remove or repair them. The first are {first}") from error
         machine.note(f"{self.unreadable[i]}: unreadable, the next image takes its place")
         if self.log:
-            machine.write_json(self.log, self.unreadable)
+            disk.write_json(self.log, self.unreadable)
 
 
 def shard_file(folder: Path, name: str, i: int) -> Path:
@@ -109,15 +109,15 @@ def write_shards(
     todo = [i for i in numbers if not all(shard_file(folder, name, i).exists() for name in arrays)]
     sizes = [min(SHARD, count - i * SHARD) for i in todo]
     row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())  # bytes
-    machine.need_room(folder, sum(sizes) * row, what)
+    disk.need_room(folder, sum(sizes) * row, what)
     with machine.progress_bar(total=sum(sizes), desc=what, unit="img", disable=rank > 0 or not todo) as bar:
         for i, size in zip(todo, sizes, strict=True):
             with contextlib.ExitStack() as stack:  # it renames the last file first
-                files = {name: stack.enter_context(machine.whole(shard_file(folder, name, i))) for name in arrays}
+                files = {name: stack.enter_context(disk.whole(shard_file(folder, name, i))) for name in arrays}
                 parts = {}
                 for name, (shape, dtype) in arrays.items():
                     parts[name] = np.lib.format.open_memmap(files[name], "w+", dtype, (size, *shape))
-                    machine.reserve(files[name])
+                    disk.reserve(files[name])
                 for first in range(0, size, batch):
                     rows = np.arange(first, min(first + batch, size))
                     for name, values in make(i * SHARD + rows).items():
@@ -125,15 +125,15 @@ def write_shards(
                     bar.update(len(rows))
                 for name, part in parts.items():
                     part.flush()
-                    machine.seal(files[name])
+                    disk.seal(files[name])
 
 
 def save_array(file: Path, values: np.ndarray) -> None:
     """Writes a .npy file with its checksum, whole or not at all."""
-    with machine.whole(file) as part:
+    with disk.whole(file) as part:
         with part.open("wb") as opened:
             np.save(opened, values)
-        machine.seal(part)
+        disk.seal(part)
 
 
 def remedy(file: Path) -> str:
@@ -155,9 +155,9 @@ def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) ->
         raise
     except Exception as error:  # numpy parses what stands before the numbers, which raises almost anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise machine.Damaged(f"{file} is damaged ({reason}): {remedy(file)}") from error
+        raise disk.Damaged(f"{file} is damaged ({reason}): {remedy(file)}") from error
     if check:
-        machine.check_seal(file, remedy(file))
+        disk.check_seal(file, remedy(file))
     return found
 
 
@@ -178,13 +178,13 @@ class Shards(Rows):
         numbers, inside = np.divmod(rows, self.per_file)
         for i in np.unique(numbers).tolist():
             if i in self.unread:
-                machine.check_seal(self.paths[i], remedy(self.paths[i]))
+                disk.check_seal(self.paths[i], remedy(self.paths[i]))
                 self.unread.discard(i)
             found[numbers == i] = self.files[i][inside[numbers == i]]
 
     def seals(self) -> bytes:
         """The checksums of all files; those of earlier versions have none, and their sizes stand for them."""
-        return repr([machine.seal_of(path) or path.stat().st_size for path in self.paths]).encode()
+        return repr([disk.seal_of(path) or path.stat().st_size for path in self.paths]).encode()
 
 
 class Embeddings:

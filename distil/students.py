@@ -16,7 +16,8 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from distil.machine import hash_seed
-from distil.settings import PRECISIONS, Settings
+from distil.presets import PRECISIONS
+from distil.settings import Settings
 from models import Network
 
 

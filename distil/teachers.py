@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import models
-from distil import machine
+from distil import disk, machine
+from distil.presets import PROCESSES
 from distil.process import DDPM, RectifiedFlow, process_of
-from distil.settings import PROCESSES
 from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, Diffusers, first_line
 from models import FILES, DiT, Network, UNet, build, check_fit, read_weights
 
@@ -378,7 +378,7 @@ def download(url: str, path: Path, md5: str | None) -> None:
     if check_integrity(path, md5):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with machine.whole(path) as part:
+    with disk.whole(path) as part:
         try:
             torch.hub.download_url_to_file(url, str(part))
         except (OSError, HTTPException) as error:

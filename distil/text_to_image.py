@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distil import machine
-from distil.settings import SD_STUDENTS
+from distil import disk, machine
+from distil.presets import SD_STUDENTS
 from models import Network, check_fit, fingerprint, sealed
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
@@ -109,7 +109,7 @@ class Diffusers(Network):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.net.state_dict().items()}
-        with machine.whole(folder / "config.json") as config, machine.whole(folder / WEIGHTS[0]) as weights:
+        with disk.whole(folder / "config.json") as config, disk.whole(folder / WEIGHTS[0]) as weights:
             said = json.loads(self.net.to_json_string())  # diffusers passes over names with an underscore
             config.write_text(json.dumps(said | ({"_process": self.process} if self.process else {}), indent=2) + "\n")
             save_file(state, weights, metadata=sealed(state))

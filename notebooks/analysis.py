@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
-from distil import data, machine, metrics, sample
+from distil import data, disk, machine, metrics, sample
+from distil.batches import batches
 from distil.fast_loss import lift, place
-from distil.prepare import batches, prepare
+from distil.prepare import prepare
 from distil.process import Process, split
 from distil.report import COLORS, LINES
 from distil.settings import Settings, plain
@@ -247,7 +248,7 @@ def distil(
                 train.step(settings, students, teacher, process, next(stream), at)
                 for student in students if at + 1 in keep else ():
                     student.ema.save(folder / f"{at + 1}" / student.name)
-        machine.write_json(record, about)
+        disk.write_json(record, about)
     elif about | json.loads(record.read_text("utf-8")) != about:  # what an earlier version did not say is not compared
         raise ValueError(f"{folder} holds students of other settings or losses: name another folder, or delete it")
     names = [(name, seed) for seed in settings.seeds for name in losses]

@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from distil import machine
-from distil.settings import Parser
+from distil.command import Parser
 
 HERE = Path(__file__).resolve().parent
 

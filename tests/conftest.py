@@ -20,6 +20,9 @@ import torch
 from PIL import Image
 
 import models
+from distil import data
+from distil.networks import Run
+from distil.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a", "ab", "a b", "c", "cab", "b a c", "bb", "ca"]
@@ -38,6 +41,28 @@ def a_unet(seed: int = 0, channels: int = 1, **changes) -> models.UNet:
     """A small network for images of 8x8 pixels, in eval mode."""
     torch.manual_seed(seed)
     return models.UNet(8, channels, **{**SMALL, **changes}).eval()
+
+
+def a_dit(depth: int = 6) -> models.DiT:
+    """A small transformer for latents of `some_latents`, in eval mode, whose blocks do something."""
+    torch.manual_seed(0)
+    net = models.DiT(8, 2, 4, 16, depth, 2, num_classes=2)
+    for p in net.parameters():
+        if p.requires_grad:  # with adaLN-Zero its blocks would do nothing
+            torch.nn.init.normal_(p, std=0.15)
+    return net.eval()
+
+
+def some_latents(n: int = 24) -> data.Images:
+    """Random latents of images and their mirror images, of two classes."""
+    generator = np.random.default_rng(0)
+    latents = generator.standard_normal((n, 2, 4, 8, 8), np.float32)
+    return data.Images(latents, np.arange(n) % 2, "latents")
+
+
+def a_run(settings: Settings, images: data.Images) -> Run:
+    """A run that has nothing but its images."""
+    return Run(settings, torch.device("cpu"), images, *[None] * 6)
 
 
 def same(a, b) -> bool:

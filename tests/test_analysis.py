@@ -9,7 +9,8 @@ import torch
 import train
 from distil import data
 from distil.fast_loss import place
-from distil.prepare import prepare, teacher_settings
+from distil.networks import teacher_settings
+from distil.prepare import prepare
 from distil.process import DDPM, RectifiedFlow
 from distil.settings import Settings
 from lift_place import PRESETS, lift

@@ -331,7 +331,7 @@ def test_a_fold_of_a_fold_is_asked_at_the_times_of_its_teacher(tmp_path, monkeyp
 def test_images_are_fitted_as_many_at_a_time_as_they_are_sampled(more, size, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a_unet().save("net")
-    case, asked = open_case(Path("net"), sample.Flags(teacher="net", sample_steps=1, **more), "digits", n=8), []
+    case, asked = open_case(Path("net"), sample.Flags(teacher="net", sample_steps=2, **more), "digits", n=8), []
     monkeypatch.setattr(calibrate, "fit_calibrations", lambda *_, batch, **__: asked.append(batch) or [None])
     case.fit()
     assert asked == [size]

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, utils
 
-from distil import data, shards
+from distil import data, pictures, shards
 from distil.data import Images, batch_indices, batches, load, to_float, to_uint8
 from distil.shards import OnTheFly, Shards
 
@@ -92,7 +92,7 @@ def no_decoding(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr(data, "decode", fail)
+    monkeypatch.setattr(pictures, "decode", fail)
 
 
 # ---- Digits ----------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_decoded_images_are_kept_until_the_folder_changes(folder, read, monkeypa
 @pytest.mark.usefixtures("shards_of_2")
 def test_an_interrupted_cache_is_completed(folder, read, monkeypatch, tmp_path):
     expected = read(folder, cache=tmp_path / "other").images[:]
-    calls, decode = [], data.decode
+    calls, decode = [], pictures.decode
 
     def interrupted(*args):
         calls.append(args)
@@ -212,7 +212,7 @@ def test_an_interrupted_cache_is_completed(folder, read, monkeypatch, tmp_path):
         return decode(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "decode", interrupted)
+        patch.setattr(pictures, "decode", interrupted)
         read(folder)
     (entry,) = (tmp_path / "cache").iterdir()
     assert [file.name for file in entry.iterdir()] == ["images-00000.npy"]
@@ -230,10 +230,10 @@ def test_an_interrupted_cache_is_completed(folder, read, monkeypatch, tmp_path):
 
 
 def test_two_processes_may_fill_the_same_entry(folder, read, monkeypatch, tmp_path):
-    decode = data.decode
+    decode = pictures.decode
 
     def slow(*args):
-        monkeypatch.setattr(data, "decode", decode)
+        monkeypatch.setattr(pictures, "decode", decode)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 1)
             read(folder)  # the other process, done before this one
@@ -241,7 +241,7 @@ def test_two_processes_may_fill_the_same_entry(folder, read, monkeypatch, tmp_pa
 
     one_by_one = SimpleNamespace(map=map)  # or a second image would be in `slow` at once
     monkeypatch.setattr(shards, "ThreadPoolExecutor", lambda: one_by_one)
-    monkeypatch.setattr(data, "decode", slow)
+    monkeypatch.setattr(pictures, "decode", slow)
     assert len(read(folder).images) == 6
     assert [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()] == ["images-00000.npy"]
 
@@ -338,7 +338,7 @@ def test_links_are_followed_once_and_what_is_no_file_is_left_out(tmp_path, read,
     (root / "a" / "gone.png").symlink_to("nowhere.png")
     (root / "a" / "linked.png").symlink_to(elsewhere / "b" / "1.png")
     os.mkfifo(root / "a" / "pipe.png")
-    assert data.image_files(root) == ["a/1.png", "a/linked.png", "out/b/1.png"]
+    assert pictures.image_files(root) == ["a/1.png", "a/linked.png", "out/b/1.png"]
     assert "8 links in a circle, or no files, are left out" in capsys.readouterr().err
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*loop"):
@@ -349,19 +349,19 @@ def test_images_that_would_take_the_memory_or_another_program_are_unreadable(tmp
     postscript = tmp_path / "a.png"
     picture().save(postscript, "EPS")
     with pytest.raises(OSError, match="cannot identify"):
-        data.decode(postscript, 8, 3)
+        pictures.decode(postscript, 8, 3)
     Image.new("L", (6550, 1)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match="6550x1 pixels: more than 178,956,970, or 100 times as long"):
-        data.decode(tmp_path / "b.png", 8, 3)
+        pictures.decode(tmp_path / "b.png", 8, 3)
     Image.fromarray(np.array([[-1, 70], [3, 4]], np.int32)).save(tmp_path / "c.tif")
     with pytest.raises(ValueError, match="more than 16 bits"):
-        data.decode(tmp_path / "c.tif", 2, 1)
+        pictures.decode(tmp_path / "c.tif", 2, 1)
     fine = picture(256, 256)
     (tmp_path / "d.jpg").write_bytes(encoded(fine))
-    whole = data.decode(tmp_path / "d.jpg", 8, 3)
-    monkeypatch.setattr(data, "LARGE", 1000)
-    assert data.open_image(tmp_path / "d.jpg", 8).size == (64, 64)  # a quarter of each side, which is quicker
-    assert np.abs(data.decode(tmp_path / "d.jpg", 8, 3).astype(int) - whole).max() <= 4
+    whole = pictures.decode(tmp_path / "d.jpg", 8, 3)
+    monkeypatch.setattr(pictures, "LARGE", 1000)
+    assert pictures.open_image(tmp_path / "d.jpg", 8).size == (64, 64)  # a quarter of each side, which is quicker
+    assert np.abs(pictures.decode(tmp_path / "d.jpg", 8, 3).astype(int) - whole).max() <= 4
 
 
 @pytest.mark.usefixtures("shards_of_2")

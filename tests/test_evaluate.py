@@ -245,7 +245,7 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
 
     monkeypatch.setattr(evaluate, "ClipScore", Clip)
     Path("prompts.txt").write_text("a b\n\ncab\n")
-    more = ["--prompts", "prompts.txt", "--teacher", str(pipelines["sd"]), "--sample-steps", "1", "--clip", "a/model"]
+    more = ["--prompts", "prompts.txt", "--teacher", str(pipelines["sd"]), "--sample-steps", "2", "--clip", "a/model"]
     assert evaluate.main([str(pipelines["sd"]), *more, "--out", "clip"]) == 0
     assert capsys.readouterr().out == "CLIP score 0.2500  teacher\nCLIP score 0.2500  sd\n"
     assert list(seen.values()) == [((2, 3, 64, 64), ["a b", "cab"], "a/model")] * 2

@@ -9,7 +9,7 @@ import torch
 from conftest import refused
 
 from benchmarks import gpu
-from distil import data, machine, prepare
+from distil import data, machine, networks
 from models import UNet
 
 SMALL = ["--small", "--device", "cpu"]
@@ -92,7 +92,7 @@ def test_the_teacher_of_its_runs_is_that_of_the_paper(tmp_path, monkeypatch):
     settings = gpu.run_settings(b, "keep")
     with torch.device("meta"):
         pixels = np.broadcast_to(np.uint8(0), (10, 3, 64, 64))
-        teacher = prepare.new_network(settings, data.Images(pixels, None, "photographs"))
+        teacher = networks.new_network(settings, data.Images(pixels, None, "photographs"))
         published = UNet(64)
     assert gpu.metrics.parameters(teacher) == 78_700_803 and teacher.config == published.config | {"dropout": 0.1}
     assert (settings.prune, settings.norm_groups) == (0.9, "keep")  # of which a student of 1,312,076 comes

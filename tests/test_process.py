@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from distil.presets import PROCESSES
 from distil.process import DDPM, Guided, Process, RectifiedFlow, fold_of, make_process, process_of, split
-from distil.settings import PROCESSES
 from models import UNet
 
 bounded = settings(max_examples=50, deadline=None, derandomize=True, database=None)

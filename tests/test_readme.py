@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import train
 from distil import evaluate, sample, settings
+from distil.command import flag
 from models import UNet
 
 README = ROOT / "README.md"
@@ -227,7 +228,7 @@ def shown(value) -> str:
 def test_the_page_of_published_settings_holds_what_the_presets_hold():
     page, rows = PAGES[ROOT / "docs/as-published.md"], []
     proofs = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("test_*.py"))
-    flags = {settings.flag(name) for kind in (settings.Settings, evaluate.Flags) for name in kind.__dataclass_fields__}
+    flags = {flag(name) for kind in (settings.Settings, evaluate.Flags) for name in kind.__dataclass_fields__}
     for section in page.split("\n## ")[1:]:
         command = re.search(r"^`python train.py (.*)`$", section, re.MULTILINE)
         resolved = settings.parse(shlex.split(command[1])) if command else None
@@ -265,9 +266,15 @@ def test_every_file_that_a_page_names_exists(page):
     assert "OWNER" not in text
 
 
-def test_the_front_page_names_every_file_of_the_package():
-    named = set(re.findall(r"`distil/(\w+\.py)`", PAGES[README]))
-    assert named == {file.name for file in (ROOT / "distil").glob("*.py")} - {"__init__.py"}
+def test_the_front_page_names_every_file_of_the_package_below_those_that_it_imports():
+    listed = re.findall(r"^(?:- \*\*|  )(.*)$", PAGES[README].split("## Reading order")[1], re.MULTILINE)
+    named = re.findall(r"`distil/(\w+)\.py`", "\n".join(listed))
+    assert sorted(named) == sorted({file.stem for file in (ROOT / "distil").glob("*.py")} - {"__init__"})
+    for i, name in enumerate(named):
+        for line in ast.parse((ROOT / "distil" / f"{name}.py").read_text("utf-8")).body:
+            if isinstance(line, ast.ImportFrom) and line.module.partition(".")[0] == "distil":
+                used = [alias.name for alias in line.names] if line.module == "distil" else [line.module[7:]]
+                assert set(used) <= set(named[:i]), name
 
 
 # ---- The package -----------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 
 import lift_place
-from distil import data, evaluate, prepare, process, settings, students
-from distil.settings import PRESETS, Settings, parse, plain, preset
+from distil import command, data, evaluate, networks, presets, process, settings, students
+from distil.presets import PRESETS, preset
+from distil.settings import Settings, parse, plain
 
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ def test_a_command_line_resolves_to_the_published_settings(arguments, expected):
     seeds = ["--importance", "random"] * ("--seeds" in arguments)
     shown = plain(parse([*arguments.split(), *seeds]))
     assert {name: shown[name] for name in expected} == expected
-    unknown = {"image_size", *settings.OPEN} if shown["dataset"] in settings.SIZES else {"image_size"}
+    unknown = {"image_size", *presets.OPEN} if shown["dataset"] in presets.SIZES else {"image_size"}
     assert None not in {shown[name] for name in set(PRESETS[0]) & shown.keys() - unknown}
 
 
@@ -108,9 +109,9 @@ def test_all_presets_are_listed(capsys):
 
 def test_the_names_here_are_those_of_the_other_files():
     assert set(settings.CONSTANTS) == set(lift_place.PRESETS) == set(students.FEATURES)
-    for name, (kind, _) in settings.PROCESSES.items():
+    for name, (kind, _) in presets.PROCESSES.items():
         assert isinstance(process.make_process(name), process.DDPM if kind == "ddpm" else process.RectifiedFlow)
-    assert {*prepare.NEW} < {*settings.ARCHS} == {row["arch"] for row in PRESETS}
+    assert {*networks.NEW} < {*presets.ARCHS} == {row["arch"] for row in PRESETS}
     assert {row["dataset"] for row in PRESETS} == set(data.DATASETS)
     for row in PRESETS:
         _, image_size, _ = data.DATASETS[row["dataset"]]
@@ -130,7 +131,7 @@ def test_help_is_grouped_by_what_people_want_to_say(capsys):
     assert titles == sorted(titles) and list(settings.GROUPS) == [
         n for n in Settings.__dataclass_fields__ if n in settings.GROUPS
     ]
-    flags = [text.index(f"\n  {settings.flag(name)} ") for name in settings.GROUPS]  # each right below its title
+    flags = [text.index(f"\n  {command.flag(name)} ") for name in settings.GROUPS]  # each right below its title
     assert all(title < flag < title + 200 for title, flag in zip(titles, flags, strict=True))
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from distil import data, metrics, sample
 from distil import latents as latent_space
-from distil.settings import SD_STUDENTS, parse
+from distil.presets import SD_STUDENTS
+from distil.settings import parse
 from distil.students import Tapped
 from distil.teachers import load
 from distil.text_to_image import MMDiT, TextEncoder, TextUNet, Vae, bk_sdm

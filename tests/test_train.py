@@ -23,16 +23,19 @@ from safetensors.torch import load_file
 import lift_place
 import models
 import train
-from distil import data, machine, metrics, prepare, report, sample, teachers
+from distil import checks, data, disk, metrics, report, sample, teachers
+from distil.batches import Batch
 from distil.fast_loss import place
-from distil.prepare import Batch, teacher_settings
+from distil.networks import teacher_settings
+from distil.presets import METHODS
 from distil.process import DDPM, process_of
 from distil.sample import start_noise
-from distil.settings import METHODS, Settings, parse, plain
+from distil.settings import Settings, parse, plain
 from distil.students import Student, feature_loss, masked_feature_loss, mean_feature_loss
 
 # a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
-TINY = ["--channels", "16", "--teacher-steps", "3", "--prune", "0.5", "--steps", "6",
+TEACHER = ["--channels", "16", "--teacher-steps", "3"]
+TINY = [*TEACHER, "--prune", "0.5", "--steps", "6",
         "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
         "--preview-every", "0", "--device", "cpu"]  # fmt: skip
 FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
@@ -58,7 +61,8 @@ def _quick(monkeypatch):
 
 
 def run(*arguments: str) -> None:
-    assert train.main(parse([*TINY, *arguments])) == 0
+    tiny = TINY[len(TEACHER) :] if "--teacher" in arguments else TINY  # one that is given has its own size
+    assert train.main(parse([*tiny, *arguments])) == 0
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
@@ -788,7 +792,7 @@ def test_a_rate_that_explodes_leaves_finite_weights():
 @pytest.mark.usefixtures("_quick")
 def test_a_second_run_of_a_folder_is_refused_and_one_of_a_teacher_waits(processes, capsys):
     arguments = [*TINY, "--seed", "5", "--out", "runs/both"]
-    with machine.lock("runs/both"):
+    with disk.lock("runs/both"):
         sentence = refused(arguments, capsys)
         assert f"runs/both is in use by process {os.getpid()} on" in sentence and "another --out" in sentence
     assert not Path("runs/both").exists()
@@ -961,6 +965,9 @@ REFUSED = [
     ("--student {fold}", "has 5 timesteps, this run 1000", "use --fold-steps 5"),
     ("--student {fold} --fold-steps 2 --kd out", "has 5 timesteps, this run 2"),
     ("--student {fold} --fold-steps 5 --fold-end last --kd out", "--student", "other noise at a timestep"),
+    ("--sample-steps 1", "--sample-steps 1 cannot be used", "use linspace or more steps"),
+    ("--teacher {rgb} --channels 8", "--channels is of a teacher that is trained here", "{rgb}", "leave it out"),
+    ("--teacher {dit} --arch dit --teacher-steps 9", "--teacher-steps is of a teacher that is trained here"),
     ("--sampler pndm --sample-steps 1", "--sample-steps 1 cannot be used", "2 to 999 steps"),
     ("--sampler pndm --sample-steps 1000", "--sample-steps 1000 cannot be used", "2 to 999 steps"),
     ("--arch dit --teacher {sure}", "cannot be guided: use --guidance 1"),
@@ -1048,9 +1055,9 @@ def test_the_folder_of_a_run_is_taken_again_whatever_a_killed_start_left_in_it()
         folder.mkdir(parents=True)
         for name in files:
             (folder / name).write_text('{"kd": ["place"]}')
-        prepare.check_out(Settings(out=str(folder)))
+        checks.check_out(Settings(out=str(folder)))
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "rank_and_world", lambda: (0, 3))
+    monkeypatch.setattr(checks, "rank_and_world", lambda: (0, 3))
     assert "--batch-size 32 cannot be split over 3 processes" in refused([], capsys)

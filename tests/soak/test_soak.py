@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 
 import lift_place
 import models
-from distil import data, machine, metrics, prepare, sample, shards, teachers
+from distil import data, disk, earlier, machine, metrics, sample, shards, teachers
+from distil.command import flag
 from distil.fast_loss import lift, place
 from distil.latents import captioned
-from distil.settings import Settings, flag, plain
+from distil.settings import Settings, plain
 
 pytestmark = pytest.mark.soak
 SHARE = float(os.environ.get("SOAK_SHARE", "1"))
@@ -55,7 +56,7 @@ def record(what: str, outcome: object) -> None:
     path = Path("runs/soak.json")
     path.parent.mkdir(exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {}
-    machine.write_json(path, {**found, "machine": machine.describe(), what: {"outcome": outcome, "share": SHARE}})
+    disk.write_json(path, {**found, "machine": machine.describe(), what: {"outcome": outcome, "share": SHARE}})
 
 
 # ---- Runs in processes of their own ----------------------------------------------------------------------------------
@@ -87,7 +88,8 @@ def start(tmp_path_factory):
 def child(folder: str, arguments: list[str], environment: dict[str, str]) -> None:
     import train
     from distil import metrics
-    from distil.settings import leave_on_signals, parse
+    from distil.command import leave_on_signals
+    from distil.settings import parse
 
     leave_on_signals("train.py")
     os.chdir(folder)
@@ -295,15 +297,15 @@ def readers(folder: Path) -> dict:
     about = {"images": 1, "fingerprint": "x"}
     torch.save({"step": 1, "settings": plain(settings), "data": about, "students": net.state_dict()},
                folder / "run" / "checkpoint.pt")  # fmt: skip
-    machine.seal(folder / "run" / "checkpoint.pt")
+    disk.seal(folder / "run" / "checkpoint.pt")
     rows = {"students": [{"loss": np.inf}], "teacher": {}, "protocol": "", "settings": plain(settings)}
-    machine.write_json(folder / "run" / "metrics.json", rows)
+    disk.write_json(folder / "run" / "metrics.json", rows)
     record = {"count": 4, "size": [4, 2, 2], "shard": 8192, "classes": 2, "image_size": 16}
     latents = folder / "latents"
     shards.write_shards(latents, {"latents": ((2, 4, 2, 2), np.float16)}, 4,
                         lambda rows: {"latents": rows[:, None, None, None, None]}, batch=2, what="latents")  # fmt: skip
     shards.save_array(latents / "labels.npy", np.array([0, 1, 0, 1]))
-    machine.write_json(latents / "latents.json", record)
+    disk.write_json(latents / "latents.json", record)
     sample.open_samples(folder / "samples", net, 8, (1, 8, 8))
     (folder / "table").mkdir()
     Image.new("RGB", (9, 9)).save(folder / "table" / "a.png")
@@ -317,13 +319,13 @@ def readers(folder: Path) -> dict:
         return [found.images[:], found.labels]
 
     def checkpoint():
-        return prepare.read_checkpoint(settings, folder / "run", about)
+        return earlier.read_checkpoint(settings, folder / "run", about)
 
     return {
         folder / "net" / "model.safetensors": network,
         folder / "net" / "config.json": network,
         folder / "run" / "checkpoint.pt": checkpoint,
-        folder / "run" / "metrics.json": lambda: prepare.read_metrics(settings, folder / "run"),
+        folder / "run" / "metrics.json": lambda: earlier.read_metrics(settings, folder / "run"),
         entry / "images-00000.npy": lambda: data.load("folder", pictures, image_size=8, cache=folder / "cache").images[
             :
         ],
@@ -401,7 +403,7 @@ def test_payloads(tmp_path):
         if file.suffix == ".npy":
             shards.open_array(file, (1,))
         elif file.name.startswith("checkpoint"):
-            prepare.read_checkpoint(settings, tmp_path, about)
+            earlier.read_checkpoint(settings, tmp_path, about)
         elif file.suffix == ".safetensors":
             teachers.load(tmp_path)
         else:
@@ -423,7 +425,7 @@ def test_payloads(tmp_path):
         else:
             torch.save(content, file, _use_new_zipfile_serialization=how != "legacy")
         if how == "sealed":
-            machine.seal(file)
+            disk.seal(file)
         with contextlib.suppress(ValueError, OSError):
             read(file)
             pytest.fail(f"{file} was read")

@@ -1,0 +1,80 @@
+"""What a step shows to teacher and students alike: images, noise, times, conditions, all functions of (seed, step)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil import data
+from distil.machine import hash_seed, rank_and_world
+from distil.process import Process
+from distil.settings import Settings
+from models import Network
+
+
+class Batch(NamedTuple):
+    """What a step shows to teacher and students alike; B samples of shape C, H, W."""
+
+    x0: Tensor  # (B, C, H, W), clean
+    noise: Tensor  # (B, C, H, W)
+    x_t: Tensor  # (B, C, H, W), noised
+    target: Tensor  # (B, C, H, W), what the process asks for
+    t: Tensor  # (B,)
+    cond: dict[str, Tensor]  # of the networks, (B, ...) each; {} for those that take none
+
+    def part(self, rows: slice) -> Batch:
+        return Batch(*(x[rows] for x in self[:-1]), {key: value[rows] for key, value in self.cond.items()})
+
+
+def batches(
+    settings: Settings, images: data.Images, process: Process, net: Network, start: int = 0, whole: bool = False
+) -> Iterator[Batch]:
+    """The batches of steps start, start + 1, ... as this process sees them: its share, or with `whole` all rows.
+
+    What is random is drawn for the whole batch from (seed, step), so it does not depend on the number of processes.
+
+    net: says which conditions the networks take, and in what share of the samples they are dropped, for teacher and
+    students alike, so that samples can be guided; the batches lie on its device. `whole` ones are not mirrored.
+    """
+    rank, world = (0, 1) if whole else rank_and_world()
+    rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
+    settings = replace(settings, flip=settings.flip and not whole)
+    with contextlib.closing(data.batches(images, settings.batch_size, settings.seed, start, rows=rows)) as stream:
+        for step, (pixels, cond) in enumerate(stream, start):
+            yield draw(settings, pixels, cond, process, net, step, rows)
+
+
+def draw(
+    settings: Settings, pixels: Tensor, cond: dict[str, Tensor], process: Process, net: Network, step: int,
+    rows: slice = slice(None),
+) -> Batch:  # fmt: skip
+    """The `rows` of the batch of a step: images in [-1, 1] or latents, noise, times, conditions.
+
+    pixels: (B, C, H, W) uint8, the images of these rows; or (B, 2, C, H, W) float32, latents of an image and its mirror
+    image. cond: what the data knows of them. net: as of `batches`.
+    """
+    device = next(net.parameters()).device
+    generator = torch.Generator(device).manual_seed(hash_seed(settings.seed, step))
+
+    def uniform() -> Tensor:  # (B,)
+        return torch.rand(settings.batch_size, generator=generator, device=device)[rows]
+
+    pixels = pixels.to(device, non_blocking=True)
+    mirrored = uniform() < 0.5 if settings.flip else torch.zeros(len(pixels), dtype=torch.bool, device=device)  # (B,)
+    if pixels.dtype == torch.uint8:  # of latents the mirror images are there
+        pixels = data.to_float(torch.stack([pixels, pixels.flip(-1)], dim=1))  # (B, 2, C, H, W)
+    x0 = pixels[torch.arange(len(pixels), device=device), mirrored.long()]  # (B, C, H, W)
+    noise = torch.randn(settings.batch_size, *x0.shape[1:], generator=generator, device=device)[rows]  # (B, C, H, W)
+    t = process.sample_t(settings.batch_size, generator=generator, device=device)[rows]  # (B,)
+    cond = {key: cond[key].to(device, non_blocking=True) for key in net.conditions}
+    if net.condition_dropout > 0:
+        dropped = uniform() < net.condition_dropout  # (B,)
+        for key, null in net.no_condition().items():
+            shape = (-1, *[1] * (cond[key].ndim - 1))
+            cond[key] = torch.where(dropped.reshape(shape), null.to(cond[key]), cond[key])
+    return Batch(x0, noise, process.add_noise(x0, noise, t), process.target(x0, noise, t), t, cond)
