@@ -37,8 +37,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from benchmarks import bench, calibrate
-from benchmarks.bench import Cases, Row
+from benchmarks import answers, bench, calibrate
+from benchmarks.answers import Row
+from benchmarks.bench import Cases
 from distil import disk, machine, metrics, networks, students
 from distil.batches import draw
 from distil.command import Parser, check
@@ -98,7 +99,7 @@ def timed(b: Setup, cases: Cases) -> Iterable[Row]:
             if b.gpu:
                 rows[name]["peak_GiB"] = bench.peak_bytes(case, b.device) / 2**30
         except Exception as error:
-            rows[name]["error"] = bench.sentence(error)
+            rows[name]["error"] = answers.sentence(error)
             del cases[name]
     took = b.medians(cases) if cases else {}
     for name, s in took.items():
@@ -333,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
         b = Setup(argparse.Namespace(**given, official=options.official), result["sections"], path)
     with deadline(options.minutes):
         try:
-            done = bench.measure(b, {name: PARTS[name] for name in options.only}, result, path)
+            done = answers.measure(b, {name: PARTS[name] for name in options.only}, result, path)
         except SystemExit as stop:
             print(f"\nended before all was done; the same command goes on: {path}")
             return stop.code

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import train
-from benchmarks import bench, official
-from benchmarks.bench import Cases, Row
+from benchmarks import answers, bench, official
+from benchmarks.answers import Row
+from benchmarks.bench import Cases
 from benchmarks.official import package
 from distil import machine
 from distil.batches import draw
@@ -209,14 +210,14 @@ SECTIONS = {f.__name__: f for f in (unet_step, unet_sampling, dit_step)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = bench.parser_of("peers.py", __doc__, SECTIONS, "benchmarks/peers.json")
+    parser = answers.parser_of("peers.py", __doc__, SECTIONS, "benchmarks/peers.json")
     parser.add_argument("--tinyfusion", metavar="DIR", help="a clone of TinyFusion's repository [none]")
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     with machine.refusing("peers.py"):
         b = bench.opened(options)
         b.tinyfusion = options.tinyfusion and tinyfusion(options.tinyfusion)
-    return bench.answer(options, b, SECTIONS)
+    return answers.answer(options, b, SECTIONS)
 
 
 if __name__ == "__main__":

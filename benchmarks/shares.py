@@ -25,8 +25,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from benchmarks import bench
-from benchmarks.bench import Row
+from benchmarks import answers, bench
+from benchmarks.answers import Row
 from distil import data, disk, evaluate, importance, machine, metrics, pictures
 from distil.batches import batches
 
@@ -109,12 +109,12 @@ SECTIONS = {f.__name__: f for f in (training, scoring)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = bench.parser_of("shares.py", __doc__, SECTIONS, "benchmarks/shares.json")
+    parser = answers.parser_of("shares.py", __doc__, SECTIONS, "benchmarks/shares.json")
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     with machine.refusing("shares.py"):
         b = bench.opened(options)
-    return bench.answer(options, b, SECTIONS)
+    return answers.answer(options, b, SECTIONS)
 
 
 if __name__ == "__main__":

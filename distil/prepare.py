@@ -21,10 +21,7 @@ from distil.networks import NEW, SMALLER, Run, check_conditions, headed, new_net
 from distil.presets import ARCHS, SD_STUDENTS, SHAPE, SIZES
 from distil.process import check_guidance
 from distil.settings import Settings, plain
-from models import (
-    Network,
-    load_checkpoint,
-)
+from models import Network, load_checkpoint
 
 
 def prepare(settings: Settings) -> Run:

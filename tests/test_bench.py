@@ -12,7 +12,7 @@ from conftest import ROOT, refused
 
 import lift_place
 import models
-from benchmarks import bench, head, peers, shares
+from benchmarks import answers, bench, head, peers, shares
 
 PAGES = "\n".join(page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 TABLES = re.findall(r"<!-- bench\.py (\S+) (\w+) -->\n(.*?)\n\n", PAGES, re.DOTALL)
@@ -56,7 +56,7 @@ def test_what_cannot_be_compared_with_is_refused_in_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(("file", "section", "written"), TABLES, ids=[section for _, section, _ in TABLES])
 def test_the_tables_of_the_pages_are_those_of_the_committed_run(file, section, written):
-    assert written == bench.table(json.loads((ROOT / file).read_text("utf-8"))["sections"][section]["rows"])
+    assert written == answers.table(json.loads((ROOT / file).read_text("utf-8"))["sections"][section]["rows"])
 
 
 def test_the_command_finds_the_modules_of_the_repository(tmp_path):
@@ -68,8 +68,8 @@ def test_the_command_finds_the_modules_of_the_repository(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--show", "nowhere.json"], "bench.py: error: there is no file nowhere.json: name one that bench.py wrote"),
-        (["--show", "wrong.json"], "wrong.json is not what bench.py writes"),
+        (["--show", "nowhere.json"], "bench.py: error: there is no file nowhere.json: name one that a benchmark wrote"),
+        (["--show", "wrong.json"], "wrong.json is not what a benchmark writes"),
         (["--repeat", "-1"], "--repeat -1 cannot be used, it must be at least 1"),
         (["--threads", "0"], "--threads 0 cannot be used, it must be at least 1"),
     ],
