@@ -88,7 +88,7 @@ def place(
             per sample, whose mean is "mean", for weights that depend on the timestep.
         eps: added to the biased variance of each group, in squared units of the outputs.
         ridge: where a slope that the data cannot determine is drawn to, b1 = (cov + ridge eps) / (var + eps): 1 is the
-            identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost about 1.
+            identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost 1 or more.
         weight: w. None is the adaptive schedule; a number or scalar tensor fixes it (see `schedule`); a function gets
             the detached coarse l1 mean x and returns w: with several processes pass one that averages x over them,
             such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates. A tensor that requires a
@@ -98,8 +98,9 @@ def place(
         Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say.
 
     Raises:
-        ValueError: unequal shapes, fewer than three axes, an empty tensor, integer inputs, a group size that is below 2
-            or does not divide N, an unknown norm or reduction, or a weight of more than one element.
+        ValueError: no tensors, a gradient of the teacher alone, unequal shapes, fewer than three axes, an empty tensor,
+            integer inputs, a group size that is below 2 or does not divide N, an unknown norm or reduction, or a weight
+            of more than one element.
     """
     student, teacher = flatten(student, teacher, norm, reduction)  # (B, C, N)
     check_group_size(group_size, student.shape[-1])
@@ -165,6 +166,8 @@ def adaptive(x: Tensor) -> Tensor:
 def weigh(x: Tensor, weight: Weight) -> Tensor:
     """w () of the coarse l1 mean x (), as `weight` says; ValueError for one of more than one element."""
     w = adaptive if weight is None else weight
+    if isinstance(w, str):
+        raise ValueError(f"weight must be a number or a function, not {w!r}: schedule({w!r}, step, total) gives one")
     w = torch.as_tensor(w(x.detach()) if callable(w) else w)
     if w.numel() != 1:
         raise ValueError(
@@ -193,6 +196,11 @@ def schedule(kind: str, step: int, total: int) -> float | None:
 
 def flatten(student: Tensor, teacher: Tensor, norm: str, reduction: str, per: str = "channel") -> tuple[Tensor, Tensor]:
     """Refuse what cannot be meant; flatten the spatial axes and widen to float32 or more: (B, C, N) each."""
+    for name, output in (("student", student), ("teacher", teacher)):
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{name} must be a tensor, not a {type(output).__name__}: give what the network predicts")
+    if torch.is_grad_enabled() and teacher.requires_grad and not student.requires_grad:
+        raise ValueError("the teacher has a gradient and the student has none: the order is (student, teacher)")
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher must have the same shape (B, C, *spatial), got {shapes}")

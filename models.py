@@ -50,6 +50,7 @@ class Network(nn.Module):
     last_layer: str = "conv_out"  # whose outputs are never pruned
     pruning: str = "channels"  # what makes it smaller: "channels", "blocks" or "stages"
     blocks: Sequence[nn.Module]  # equal parts, of which some may be left out; () without
+    kept: list[int] | None = None  # of a network that `prune_depth` made: which blocks of the other one these are
     source: str | None = None  # its class, if it is a network of diffusers
 
     def __init__(self):
@@ -684,6 +685,8 @@ def load(folder: str | os.PathLike) -> Network:
     FileNotFoundError if a file is missing; ValueError if one is damaged, or if the weights do not fit the config.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} is not a saved network: there is no such folder")
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         found = [*folder.glob("*/model.safetensors"), *folder.glob("*/*/model.safetensors")]
         inside = ", ".join(sorted(str(path.parent.relative_to(folder)) for path in found))
@@ -947,7 +950,9 @@ def prune_depth(net: Network, keep: int | Sequence[int]) -> Network:
     depth = len(net.blocks)
     keep = uniform_blocks(depth, keep) if isinstance(keep, int) else [int(i) for i in keep]
     check_blocks(depth, keep)
-    return net.keep_blocks(keep)
+    small = net.keep_blocks(keep)
+    small.kept = keep
+    return small
 
 
 def check_blocks(depth: int, keep: Sequence[int]) -> None:

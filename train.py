@@ -8,7 +8,7 @@
 A run reads settings -> data -> teacher (given, cached, or trained first) -> students (pruned from the teacher) ->
 distil -> evaluate, and lives in one folder: config.json, log.jsonl, checkpoint.pt, student/, samples.png, curves.png,
 metrics.json. The same command resumes it. Everything random is a function of (seed, step), so a resumed run equals an
-uninterrupted one, and but for dropout a run does not depend on how a batch is split over processes (torchrun).
+uninterrupted one, and but for dropout and learned blocks it does not matter over how many processes a batch is split.
 
 Ctrl-C and SIGTERM finish the step, save, and exit with 130 and 143, so that a scheduler may queue the command again;
 once more ends at once. Exit code 2: something cannot be used. 3: a student diverged, it keeps its last finite weights.
@@ -431,11 +431,16 @@ DIVERGED = 3  # exit code
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 
-def train_teacher(run: Run, process: Process) -> Network:
+def of_time(settings: Settings) -> dict[str, Any]:
+    """What the settings say of a process beside its kind."""
+    return {name: getattr(settings, name) for name in ("spacing", "clip_x0", "timesteps", "sampler")}
+
+
+def train_teacher(run: Run) -> Network:
     """The teacher of this data set, kept for later runs; of several runs that want it one trains it, the others wait.
     SystemExit: stopped early, with 3 because it diverged."""
     settings = teacher_settings(run.settings)
-    folder = Path(settings.out)
+    folder, process = Path(settings.out), make_process(settings.process, **of_time(settings))
     with disk.lock(folder):
         with machine.refusing("train.py"):
             teacher = open_teacher(run.settings, run.images)  # another run may have trained it meanwhile
@@ -487,11 +492,9 @@ def distil(run: Run) -> dict[str, Any] | None:
         return run.metrics
     if run.teacher is None:
         say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
-    of_time = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "timesteps": settings.timesteps,
-               "sampler": settings.sampler}  # fmt: skip
-    teacher = run.teacher or train_teacher(run, make_process(settings.process, **of_time))
+    teacher = run.teacher or train_teacher(run)
     teacher.process = {"name": settings.process, **teacher.process}  # its students are saved with it
-    process = process_of(teacher, **of_time)
+    process = process_of(teacher, **of_time(settings))
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients
     own, time = process, teacher.process
     if settings.fold_steps is not None:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 import models
-from distil import data, disk
+from distil import data, disk, text_to_image
 from distil.command import flag
 from distil.fast_loss import place
+from distil.importance import groups_of
 from distil.machine import note, rank_and_world
 from distil.networks import kept_blocks, new_network, regrouped, teacher_settings
 from distil.presets import SD_STUDENTS, SHAPE, preset
@@ -72,8 +73,17 @@ def check_images(settings: Settings, images: data.Images) -> None:
     if settings.eval_samples and n < 6:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
         raise ValueError(f"{settings.data} holds {n} images, too few to compare samples with: {remedy}")
+    if settings.clip_x0 and images.record is not None:
+        raise ValueError("--clip-x0 is of pixels, which lie in [-1, 1]; latents have no bounds: leave it out")
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
-    place(probe, probe, group_size=settings.group_size)  # refuses a group size that does not fit
+    try:
+        place(probe, probe, group_size=settings.group_size)
+    except ValueError as error:
+        size = "x".join(map(str, images.shape[1:]))
+        n = images.shape[1] * images.shape[2]
+        fits = ", ".join(str(k) for k in range(2, 65) if n % k == 0) or "none"
+        remedy = f"give another --image-size, a multiple of 4 for groups of 16, or a --group-size that does: {fits}"
+        raise ValueError(f"--group-size {settings.group_size} does not cut {size} pixels: {remedy}") from error
 
 
 def check_students(settings: Settings, images: data.Images, teacher: Network | None, student: Network | None) -> None:
@@ -85,6 +95,8 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
         note(f"WARNING: {lonely} norms of the teacher have one channel a group and erase its mean and scale: {remedy}")
     if source.pruning == "stages" and settings.student is None:
         raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
+    if source.pruning == "stages" and student is None:
+        text_to_image.bk_sdm(copy.deepcopy(source).to("meta"), settings.student)  # some cannot be cut so
     if source.pruning == "channels" and source.source is not None and student is None:  # some cannot be pruned
         prune_channels(copy.deepcopy(source).to("meta"), settings.prune, "random", settings.norm_groups)
     net = student or source
@@ -99,6 +111,8 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
     if settings.keep is not None:
         check_blocks(depth, settings.keep)
     n = kept_blocks(settings, depth)
+    if settings.depth_method == "learned" and settings.keep is None and n < depth:
+        groups_of(depth, n)
     drawn = settings.depth_method == "random" and settings.init == "teacher"  # and nothing but the blocks
     if len(settings.seeds) > 1 and drawn and n in (1, 2, depth):
         same = "the seeds would draw the same ones, for the first and the last always stay"

@@ -54,6 +54,7 @@ def check(name: str, value: Any, limits: Any) -> None:
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        hint = "; several are separated by spaces" if "," in str(value) else hint
         raise ValueError(f"{name} {value} is not known, choose from {', '.join(choices)}{hint}")
     bounds = [(limits[key], compare, text) for key, compare, text in LIMITS if key in limits]
     if not all(compare(value, bound) for bound, compare, _ in bounds):

@@ -254,7 +254,7 @@ def _latents(ask: Request) -> Images:
     if ask.split == "test":
         raise ValueError("a folder of latents has no test split: encode held-out images into a folder of their own")
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; data must name a folder of latents")
+        raise FileNotFoundError(f"there is no folder {folder}: python -m distil.latents makes folders of latents")
     if not (folder / RECORD).exists():
         return _one_per_file(ask)
     try:

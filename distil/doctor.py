@@ -112,7 +112,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     for net in (first, teacher):
         net.fit(real.shape, real.no_condition)
     check_guidance("the teacher", teacher, told.guidance)
-    own = process_of(teacher.to(device).eval(), told.process, told.spacing, told.clip_x0)
+    own = process_of(teacher.to(device).eval(), told.process, told.spacing, told.clip_x0, sampler=told.sampler)
     clamped = process_of(first, told.process, told.spacing, clip_x0=True)
     process = folded(own, teacher, clamped, first)
     source = held_out or real
@@ -187,7 +187,7 @@ def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
     """The student with each of `REMEDIES`; without clamping where its process, or what its samples are, has none."""
     net, process = case.students[name], case.sampler["process"]
     ways = [("as it is", net, None), ("calibrated", Calibrated(net, calibration), None)]
-    if case.sampler["vae"] is None and case.clamped.sampler != process.sampler:
+    if case.sampler["vae"] is None and process.sampler == "DDIM":
         ways += [("clamped", net, case.clamped), ("calibrated, clamped", ways[1][1], case.clamped)]
     return [Way(f"{name}, {remedy}", one, {"method": remedy}, how) for remedy, one, how in ways]
 

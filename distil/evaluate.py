@@ -220,7 +220,8 @@ PROTOCOLS = {
     "lsun_bedroom": {"num": 4_992, "dataset": "lsun_bedroom", "mode": "legacy_pytorch"},
     "coco": {"num": 30_000, "dataset": "folder", "mode": "legacy_pytorch", "resize": 256, "sample_steps": 25,
              "guidance": 7.5, "sampler": "pndm"},
-    "imagenet": {"num": 50_000, "mode": "torch_fidelity", "k": 3, "sample_steps": 250, "eta": 1.0, "guidance": 1.5},
+    "imagenet": {"num": 50_000, "mode": "torch_fidelity", "k": 3, "sample_steps": 250, "eta": 1.0, "guidance": 1.5,
+                 "spacing": "linspace"},
 }  # fmt: skip
 
 

@@ -97,6 +97,18 @@ def block_influence(
     return (1 - sums / process.steps).float()
 
 
+def groups_of(depth: int, keep: int) -> tuple[int, int, int]:
+    """(g, M, N): into how many groups of M blocks `GatedDepth` cuts `depth` of them, and N of a group stay.
+    ValueError where these cannot be chosen from."""
+    if not 1 <= keep < depth:
+        raise ValueError(f"of {depth} blocks 1 to {depth - 1} can be chosen, not {keep}")
+    groups = math.gcd(depth, keep)
+    size, stay = depth // groups, keep // groups
+    if (count := math.comb(size, stay)) > 5000:
+        raise ValueError(f"{keep} of {depth} blocks give {count:,} options a group, too many to choose from")
+    return groups, size, stay
+
+
 class GatedDepth(nn.Module):
     """A network in which every group of consecutive blocks draws, sample by sample, which of them act.
 
@@ -110,13 +122,7 @@ class GatedDepth(nn.Module):
 
     def __init__(self, net: Network, keep: int, lora_rank: int = 8):
         super().__init__()
-        depth = len(net.blocks)
-        if not 1 <= keep < depth:
-            raise ValueError(f"of {depth} blocks 1 to {depth - 1} can be chosen, not {keep}")
-        groups = math.gcd(depth, keep)
-        size, stay = depth // groups, keep // groups
-        if (count := math.comb(size, stay)) > 5000:
-            raise ValueError(f"{keep} of {depth} blocks give {count:,} options a group, too many to choose from")
+        groups, size, stay = groups_of(len(net.blocks), keep)
         device = next(net.parameters()).device
         options = [[float(i in option) for i in range(size)] for option in itertools.combinations(range(size), stay)]
         self.net, self.tau = net, 1.0
@@ -187,7 +193,7 @@ def learned_blocks(
         average = gated.gates.detach().clone()
         for step in machine.progress_bar(range(steps), desc="choosing blocks", disable=not progress):
             gated.tau = 4 + (0.1 - 4) * step / max(steps - 1, 1)
-            torch.manual_seed(seed * 1_000_003 + step)
+            torch.manual_seed((seed * 1_000_003 + step) % 2**63)
             value = loss(gated, step)
             if not value.isfinite():
                 raise ValueError(f"the loss at step {step} of choosing blocks is {value.item()}: nothing can be learnt")

@@ -203,7 +203,7 @@ def _adm(file: Path | io.BytesIO, image_size: int) -> np.ndarray:
     from PIL import Image
 
     with pictures.open_image(file, image_size) as opened:
-        image = opened.convert("RGB")
+        image = pictures.upright(opened).convert("RGB")
     while min(image.size) >= 2 * image_size:  # halve with a box filter first: the bicubic one then meets no aliasing
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = image_size / min(image.size)

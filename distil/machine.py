@@ -85,12 +85,11 @@ def find_device(name: str) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    found = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name  # set_device wants a number
     have = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name not in have and not (name == "cuda" and cuda):
+    if found not in have:
         raise ValueError(f"--device {name} is not on this machine: choose from auto, {', '.join(have)}")
-    return torch.device(name)
+    return torch.device(found)
 
 
 def on_device(net: nn.Module, device: torch.device) -> nn.Module:

@@ -137,7 +137,7 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
     importance_of = settings.importance if run.checkpoint is None else "random"
     if importance_of == "taylor" and any(p.grad is None for p in teacher.parameters()):
         few = min(settings.taylor_steps or process.steps, process.steps)
-        timesteps = range(0, process.steps, process.steps // few)[:few]
+        timesteps = [i * process.steps // few for i in range(few)]
         batch = first_batch(run, teacher, process, settings.taylor_batch)
         importance.accumulate_gradients(
             teacher, process, batch.x0, batch.noise, settings.taylor_threshold, timesteps, cond=batch.cond
@@ -159,10 +159,12 @@ def of_stages(run: Run, teacher: Network, process: Process, loss: Loss, seed: in
 def of_blocks(run: Run, teacher: Network, process: Process, loss: Loss, seed: int) -> Network:
     settings, depth = run.settings, len(teacher.blocks)
     n = kept_blocks(settings, depth)
-    # a checkpoint brings its own weights: then any blocks will do
-    method = settings.depth_method if run.checkpoint is None else "uniform"
-    if settings.keep is not None or n == depth:
-        keep = list(settings.keep or range(depth))
+    method, kept = settings.depth_method, None
+    if run.checkpoint is not None:  # it brings its own weights, and says which blocks; older ones do not
+        states = [state for name, state in run.checkpoint.get("students", {}).items() if name.endswith(f"-{seed}")]
+        method, kept = "uniform", next((state.get("blocks") for state in states), None)
+    if kept or settings.keep is not None or n == depth:
+        keep = list(kept or settings.keep or range(depth))
     elif method == "first":
         keep = list(range(n))
     elif method == "random":

@@ -86,23 +86,30 @@ def open_image(file: Path | io.BytesIO, image_size: int) -> Any:
     return opened
 
 
+def upright(image: Any) -> Any:
+    """An image as people see it: turned by its EXIF tag, of 8 bits, transparency over white. ValueError where nothing
+    says what its numbers mean."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16-bit gray: convert() would clip it to white
+        pixels = np.asarray(image)
+        if image.mode == "F" or pixels.max() > 65535 or pixels.min() < 0:
+            raise ValueError("pixels of more than 16 bits have no known range")
+        image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
 def decode(file: Path | io.BytesIO, image_size: int, channels: int, face: tuple | None = None) -> np.ndarray:
     """One image as (C, image_size, image_size) uint8: upright by its EXIF tag, transparency over white, if of CelebA's
     size cut to the box `face`, resized by its short side (bilinear, antialiased: LSUN's recipe), centre-cropped."""
-    from PIL import Image, ImageOps
     from torchvision.transforms import functional as TF
 
     with open_image(file, image_size) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode[0] in "IF":  # 16-bit gray: convert() would clip it to white
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.max() > 65535 or pixels.min() < 0:
-                raise ValueError("pixels of more than 16 bits have no known range")
-            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
+        image = upright(opened).convert("L" if channels == 1 else "RGB")
         if face and image.size == CELEBA_IMAGE:
             image = image.crop(face)
         image = TF.center_crop(TF.resize(image, image_size, TF.InterpolationMode.BILINEAR), image_size)

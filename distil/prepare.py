@@ -31,11 +31,12 @@ def prepare(settings: Settings) -> Run:
     """
     device = find_device(settings.device)
     check_unused(settings)
-    settings = sized(settings, device)
+    asked, settings = settings, sized(settings, device)
     check_out(settings)
     check_machine(settings)
     with rank_0_first():  # what rank 0 downloads the others find; before the data, which may take hours
         teacher, student = (open_network(name, settings) for name in ("teacher", "student"))
+    settings = as_large(settings, asked, teacher)
     images, held_out = open_data(settings, teacher and teacher.channels)
     if images.record is not None:  # the run remembers what shows its latents
         settings = replace(settings, vae=settings.vae or images.record["vae"])
@@ -62,6 +63,13 @@ def sized(settings: Settings, device: torch.device) -> Settings:
     return replace(settings, **{name: value for name, value in taken.items() if getattr(settings, name) is None})
 
 
+def as_large(settings: Settings, asked: Settings, teacher: Opened | None) -> Settings:
+    """The settings, with images as large as a teacher takes them that is given, where no size was `asked` for."""
+    if asked.image_size is not None or settings.dataset not in SIZES or teacher is None or teacher.size is None:
+        return settings
+    return replace(settings, image_size=teacher.size)
+
+
 def open_data(settings: Settings, channels: int | None = None) -> tuple[data.Images, data.Images | None]:
     """The images to train on, and those that are held out where there are such.
 
@@ -81,6 +89,7 @@ class Opened(NamedTuple):
 
     build: Callable[[data.Images], Network]
     channels: int = 3  # of the images that it takes
+    size: int | None = None  # their height and width; None: of a checkpoint file the settings say it
 
 
 def open_teacher(settings: Settings, images: data.Images, given: Opened | None = None) -> Network | None:
@@ -106,15 +115,27 @@ def open_network(name: str, settings: Settings) -> Opened | None:
     if where is None or where == "train" or where in made:
         return None
     if Path(where).is_file():
-        models.read_weights(Path(where))
-        return Opened(lambda images: load_checkpoint(new_network(settings, images), where))
+        first = models.read_weights(Path(where)).get("conv_in.weight")  # of a U-Net
+        channels = 3 if first is None else first.shape[1]
+        return Opened(lambda images: load_checkpoint(new_network(settings, images), where), channels)
     if Path(where).suffix in FILES:
-        raise FileNotFoundError(f"{flag(name)} {where}: there is no such file")
+        raise FileNotFoundError(f"{flag(name)} {where}: there is no such file{fetch_it(name, settings)}")
     if where == "auto":
         teachers.find_public(settings.dataset)
         return Opened(lambda images: teachers.public_teacher(settings.dataset))
     net = teachers.load(where)
-    return Opened(lambda images: net, net.shape[0])
+    if net.arch != settings.arch:
+        remedy = f"it goes with --arch {net.arch}, not {settings.arch}"
+        if ARCHS[net.arch].text:
+            remedy += ", and learns from latents: python -m distil.latents makes them, --dataset latents reads them"
+        raise ValueError(f"{flag(name)} {where} is a {type(net).__name__}: {remedy}")
+    return Opened(lambda images: net, *net.shape[:2])
+
+
+def fetch_it(name: str, settings: Settings) -> str:
+    """What follows where the checkpoint of a public teacher is not there."""
+    public = teachers.PUBLIC.get(settings.dataset) if name == "teacher" else None
+    return f": fetch {public.url} and put it there" if public else ""
 
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of checkpoints
@@ -126,8 +147,6 @@ def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Im
         return None
     net = opened.build(images)
     what, theirs = f"{flag(name)} {getattr(settings, name)}", net.process.get("name", settings.process)
-    if net.arch != settings.arch:
-        raise ValueError(f"{what} is a {type(net).__name__}: it goes with --arch {net.arch}, not {settings.arch}")
     if theirs != settings.process:
         raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
     if net.predicts_variance and settings.is_flow:
@@ -182,26 +201,27 @@ def sketch(settings: Settings, images: data.Images, teacher: Network | None = No
 def dry_run(settings: Settings) -> str:
     """What a command comes to, and what is missing for it. Nothing is trained, fetched, decoded or written."""
     check_unused(settings)
-    settings = sized(settings, find_device(settings.device))
+    asked, settings = settings, sized(settings, find_device(settings.device))
     check_out(settings)
-    lines = [json.dumps(plain(settings), indent=2)]
-    if settings.data is None:
-        lines.append(f"data: {settings.dataset}; what is not in {data.ROOT}/ is fetched, or you are told from where")
-    else:
-        lines.append(f"data: {settings.data}" + ("" if Path(settings.data).is_dir() else " is missing"))
     made, public = Path(teacher_settings(settings).out, "teacher"), teachers.PUBLIC.get(settings.dataset)
     file, otherwise = settings.teacher, "is missing"
     if file == "train":
         file, otherwise = made, f"is trained first, {settings.teacher_steps:,} steps"
     elif file == "auto" and public:
-        file, otherwise = Path(made.parents[1], public.file), f"is missing: it is that of {public.url}"
+        file, otherwise = Path(made.parents[1], public.file), f"is missing: it is fetched from {public.url}"
     elif text_to_image.HUB_ID.fullmatch(file):
         otherwise = "is no folder here, so it is taken from the hub"
     there = Path(file).exists()
-    lines.append(f"teacher: {file}" + ("" if there else f" {otherwise}"))
     usual = settings.teacher in ("auto", "train")
     given = open_network("teacher", settings) if (there and not usual) or (usual and settings.arch not in NEW) else None
     start = open_network("student", settings) if settings.student and Path(settings.student).exists() else None
+    settings = as_large(settings, asked, given)
+    lines = [json.dumps(plain(settings), indent=2)]
+    if settings.data is None:
+        lines.append(f"data: {settings.dataset}; what is not in {data.ROOT}/ is fetched, or you are told from where")
+    else:
+        lines.append(f"data: {settings.data}" + ("" if Path(settings.data).is_dir() else " is missing"))
+    lines.append(f"teacher: {file}" + ("" if there else f" {otherwise}"))
     images = pretended(settings, given and given.channels)
     if images is not None and (there or usual):
         check_images(settings, images)

@@ -486,7 +486,9 @@ class Guided(nn.Module):
 
 def check_guidance(what: str, net: nn.Module, scale: float) -> None:
     """ValueError where a network, called `what`, is to be guided and knows nothing to be guided away from."""
-    if scale != 1 and net.conditions and net.no_condition() is None:
+    if scale != 1 and not net.conditions:
+        raise ValueError(f"{what} is told nothing, so it cannot be guided: use --guidance 1")
+    if scale != 1 and net.no_condition() is None:
         raise ValueError(f"{what} was trained with a class for every image, so it cannot be guided: use --guidance 1")
 
 
@@ -494,7 +496,7 @@ def check_sampler(process: Process, steps: int, eta: float = 0.0) -> None:
     """ValueError for steps or an eta that the sampler does not have, or for one step from where nothing is noise."""
     process.check_eta(eta)
     if process.timesteps(steps)[0] == 0 < process.latest:
-        raise ValueError("one step of this spacing begins at t = 0, where all is image: use linspace or more steps")
+        raise ValueError("one step begins at t = 0, where nothing is noise: use more steps")
 
 
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

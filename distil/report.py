@@ -363,6 +363,7 @@ def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
     known = "" if (name, spacing) == ("ddpm", "leading") else f", {name!r}, {spacing!r}"
     known += ", clip_x0=True" * bool(settings.get("clip_x0")) + ", sampler='pndm'" * (settings.get("sampler") == "pndm")
     options = f"seed=0, steps={settings.get('sample_steps') or 100}"
+    options += f", eta={settings['eta']:g}" if settings.get("eta") else ""
     if "num_classes" in config:
         options += f", guidance={settings['guidance']:g}, cond=sample.classes_in_turn(net, 16)"
     if config["in_channels"] not in (1, 3):  # latents
@@ -375,7 +376,7 @@ import models
 from distil import report, sample
 from distil.process import process_of
 {vae}
-net = models.load({where!r})
+net = models.load({where!r})  # from beside the folder of this card, with the clone on PYTHONPATH
 images = sample.sample(net, process_of(net{known}), 16, {options})  # (16, C, H, W), about -1 to 1
 report.grid("more.png", {{"{settings["kd"][-1]}": images}})
 ```""",

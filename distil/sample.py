@@ -313,6 +313,8 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     count = flags.num or len(given) or 16
     prompts = [given[i % len(given)] for i in range(count)] if given else []
     vae, shape = open_vae(flags.vae, first.shape, device)
+    if vae is not None and flags.clip_x0:
+        raise ValueError("--clip-x0 is of pixels, which lie in [-1, 1]; latents have no bounds: leave it out")
     how = {"spacing": flags.spacing, "clip_x0": flags.clip_x0, "sampler": flags.sampler}
     processes = {name: process_of(net, flags.process, **how) for name, net in nets.items()}
     steps = flags.sample_steps or min(100, *(process.steps for process in processes.values()))
@@ -322,7 +324,7 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     def told(rows: list[int]) -> dict[str, Tensor]:
         return text.encode([prompts[i] for i in rows])
 
-    fast = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    fast = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     bf16 = (flags.precision or fast) == "bf16"
     options = {"seed": flags.seed, "steps": steps, "eta": flags.eta, "guidance": flags.guidance, "bf16": bf16}
     record = {**options, **how, "process": flags.process, **(vae.record if vae else {})}

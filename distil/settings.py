@@ -57,7 +57,7 @@ class Settings:
     depth_method: str | None = option(None, "dit, mmdit: which blocks stay", choices=DEPTH_METHODS)
     depth_steps: int | None = option(None, "steps of choosing them with learned", int, low=1)
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
-    taylor_threshold: float = option(0.0, "taylor stops where the loss is below this share of its peak", float, low=0)
+    taylor_threshold: float = option(0.0, "taylor stops where the loss is below this part of it", float, low=0, high=1)
     taylor_batch: int | None = option(None, "images that it looks at; without a preset a batch", int, low=1)
     taylor_steps: int | None = option(None, "timesteps that it looks at, evenly spaced; all", int, low=1)
     norm_groups: str | None = option(None, "their number stays, or scales with the width", choices=("keep", "scale"))
@@ -209,6 +209,7 @@ class Settings:
         if arch.pruning == "channels":
             drawn = ("--importance", self.importance)
         chosen = drawn[1] != "random" or self.student or self.keep or self.prune == 0
+        chosen = chosen and self.head is None and not SD_STUDENTS.get(self.student)  # these draw weights as well
         if len(self.seeds) > 1 and self.dropout == 0 and self.init != "random" and chosen:
             raise ValueError(
                 f"--seeds {' '.join(map(str, self.seeds))} would train the same student several times, for without "
@@ -220,6 +221,8 @@ class Settings:
                 f"--halve-group-size {self.halve_group_size} cannot be used: groups of {self.group_size} elements "
                 "must stay whole, and of at least 2"
             )
+        if self.schedule != "adaptive" and not {"lift", "place"} & {*self.kd}:
+            raise ValueError(f"--schedule {self.schedule} is of lift and place: name one of them with --kd")
         if self.schedule == "learned" and self.fsdp:
             raise ValueError("--schedule learned does not go with --fsdp: use DDP, or another schedule")
         if self.fold_end is not None and not isinstance(self.fold_steps, int):

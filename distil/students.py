@@ -26,7 +26,7 @@ def find_dtype(settings: Settings, device: torch.device, frozen: bool = False) -
     teacher in --teacher-precision, where that is given."""
     precision = (settings.teacher_precision if frozen else None) or settings.precision
     if precision == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return getattr(torch, PRECISIONS[precision] or "float32")
 
 
@@ -246,15 +246,35 @@ class Student:
         """Goes back to what `state` returned, now or before there were steps to skip."""
         parts = {"module": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if name != "scaler" or state[name]:  # that one is empty, if the run began on a device without it
+                part.load_state_dict(state[name])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.optimizer.defaults["fused"]
         for weight, moments in self.optimizer.state.items():
             if any(moment.ndim and moment.shape != weight.shape for moment in moments.values()):
                 raise ValueError("the state of its optimizer has other shapes")
+            for name, moment in moments.items():
+                if moment.ndim:  # fused AdamW takes them to lie in memory as the weight does, which devices differ in
+                    moments[name] = torch.empty_like(weight).copy_(moment)
         self.remember(state)
 
     def history(self) -> dict[str, Any]:
         """What a state holds beside tensors."""
-        return {"seconds": self.seconds, "bad": self.bad.item(), "stopped": self.stopped}
+        blocks = {"blocks": self.net.kept} if self.net.kept else {}
+        return {"seconds": self.seconds, "bad": self.bad.item(), "stopped": self.stopped, **blocks}
+
+    @property
+    def seconds(self) -> float:
+        """How long its share of all steps took; this waits for a GPU that has marked some since the last call."""
+        for start, end in self.marks:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self.marks.clear()
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self.marks, self._seconds = [], value
 
     def remember(self, state: dict[str, Any]) -> None:
         self.seconds, self.stopped = state["seconds"], state.get("stopped")
@@ -267,6 +287,8 @@ class ShardedStudent(Student):
     def _distribute(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
+        for net in (self.model, self.ema):
+            net.to(memory_format=torch.contiguous_format)  # FSDP takes no other
         self.parallel, self.whole = self.model, copy.deepcopy(self.ema).to("meta")
         for root, inside in ((self.model, self.net), (self.ema, self.ema)):
             for stage in inside.stages():
@@ -316,7 +338,15 @@ def predict(net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> 
 
 @contextlib.contextmanager
 def timed(*students: Student) -> Iterator[None]:
-    """Adds the seconds that the block takes to those of these students."""
+    """Adds the seconds that the block takes to those of these students; a GPU works on later, it marks when it does."""
+    if students and students[0].device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        for student in students:
+            student.marks.append((start, end))
+        return
     began = perf_counter()
     yield
     for student in students:

@@ -223,7 +223,7 @@ WRAPPERS: dict[str, type[Diffusers]] = {wrapper.source: wrapper for wrapper in (
 def bk_sdm(net: Network, size: str) -> TextUNet:
     """A smaller, independent student of a Stable Diffusion 1 or 2 network (https://arxiv.org/abs/2305.15798).
 
-    size: a name in `settings.SD_STUDENTS`. "base" lost the second of two layers in every stage, "small" also the
+    size: a name in `presets.SD_STUDENTS`. "base" lost the second of two layers in every stage, "small" also the
         middle, "tiny" the innermost stages as well: every weight is the teacher's (on the way up the last of three
         layers takes the place of the second). C_* keep all layers, narrower ones: random weights.
 

@@ -60,6 +60,13 @@ def test_the_run_of_an_earlier_version_without_a_setting_is_no_other_run(command
     earlier.refuse_other_settings(now, former, Path("checkpoint.pt"))
 
 
+def test_flags_of_a_teacher_that_was_given_make_no_other_run():
+    former = plain(Settings(teacher="net", teacher_steps=40, channels=32))
+    earlier.refuse_other_settings(Settings(teacher="net"), former, Path("checkpoint.pt"))
+    with pytest.raises(ValueError, match="--channels was 32, is 64"):
+        earlier.refuse_other_settings(Settings(), plain(Settings(channels=32)), Path("checkpoint.pt"))
+
+
 def test_a_checkpoint_that_cannot_be_read_now_is_left_alone_and_a_wrong_one_refused(tmp_path, monkeypatch):
     settings, about, path = Settings(out=str(tmp_path)), {"images": 8, "fingerprint": ""}, tmp_path / "checkpoint.pt"
     content = {"step": 3, "settings": plain(settings), "data": about, "students": {}}

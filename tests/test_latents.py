@@ -97,6 +97,19 @@ def test_the_square_is_that_of_adm(tmp_path):
     np.testing.assert_array_equal(_adm(tmp_path / "a.png", 16), image.transpose(2, 0, 1))
 
 
+def test_images_are_encoded_as_people_see_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    above = np.zeros((16, 16, 3), np.uint8)
+    above[:8] = 200
+    Image.fromarray(above).save(tmp_path / "a.png", exif=exif)
+    assert (_adm(tmp_path / "a.png", 16)[:, 8:] == 200).all()
+    Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "b.png")
+    assert (_adm(tmp_path / "b.png", 16) == 128).all()
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "c.png")
+    assert (_adm(tmp_path / "c.png", 16) == 255).all()
+
+
 def test_encoding_goes_on_where_it_was_and_may_be_shared(workspace, monkeypatch):
     from distil.text_to_image import Vae
 

@@ -464,6 +464,9 @@ def test_the_examples_run_and_it_imports_torch_and_the_standard_library_only():
 X, FEW = torch.zeros(1, 2, 8, 8), [str(k) for k in (2, 4, 8, 16, 32, 64)]
 TWO = torch.tensor([0.1, 0.9])
 REFUSED = {  # which functions, student, teacher, options, what the sentence says
+    "the order": ("place lift", X, X.clone().requires_grad_(), {}, ["the order is (student, teacher)"]),
+    "an object": ("place lift", X, [X], {}, ["teacher must be a tensor, not a list"]),
+    "the name of a schedule": ("place lift", X, X, {"weight": "cosine"}, ["schedule('cosine', step, total) gives one"]),
     "spatial axes": ("place lift", X, X[..., :4], {}, ["same shape", "(1, 2, 8, 8)", "(1, 2, 8, 4)"]),
     "batches": ("place lift", X, X.expand(2, -1, -1, -1), {}, ["same shape", "(1, 2, 8, 8)", "(2, 2, 8, 8)"]),
     "two axes": ("place lift", X[0, 0], X[0, 0], {}, ["three axes", "(8, 8)"]),

@@ -61,7 +61,8 @@ def test_a_device_is_found_or_refused(monkeypatch):
             find_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda:0")  # set_device wants the 0
+    assert torch.cuda._utils._get_device_index(find_device("auto")) == 0  # as torch.cuda.set_device asks
     monkeypatch.setenv("LOCAL_RANK", "1")  # of torchrun
     assert find_device("auto") == find_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"choose from auto, cpu, cuda:0, cuda:1$"):

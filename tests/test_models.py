@@ -639,8 +639,10 @@ def test_weights_that_are_no_finite_floats_and_changed_bits_are_refused(small, t
 
 
 def test_folders_without_a_network_say_what_is_missing(small, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors and no config\.json$"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a saved network: there is no such folder$"):
         load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"it has no model\.safetensors and no config\.json$"):
+        load(tmp_path)
     small.save(tmp_path / "student")
     with pytest.raises(FileNotFoundError, match=r"no config\.json; networks in it: student$"):
         load(tmp_path)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import a_dit, a_run, a_unet, same, some_latents
 
+import train
 from distil import checks, data, networks, pictures, prepare
 from distil.metrics import parameters
 from distil.networks import smaller, start_of, teacher_settings
 from distil.presets import DEPTH_METHODS
 from distil.process import DDPM
 from distil.settings import Settings, parse
+from distil.students import Student, tap
 from models import UNet, prune_depth
 
 
@@ -149,6 +151,19 @@ def test_blocks_may_be_named_and_a_student_given():
     assert same(smaller(run, teacher, DDPM(), None)[0], prune_depth(teacher, [0, 2, 5]))
     run.student = a_dit(2)
     assert smaller(run, teacher, DDPM(), None) == [run.student]
+
+
+def test_a_run_that_goes_on_has_the_blocks_that_it_began_with():
+    latents = some_latents()
+    settings = Settings(dataset="latents", data="x", depth_method="first", prune=0.5)
+    (small,) = smaller(a_run(settings, latents), a_dit(), DDPM(), None)
+    assert small.kept == [0, 1, 2]
+    student = Student(settings, train.resolve(settings, "place"), 0, small, tap(a_dit(), small, slice(None)))
+    run = replace(a_run(settings, latents), checkpoint={"students": {"place-0": student.state()}})
+    (again,) = smaller(run, a_dit(), DDPM(), None)
+    assert again.kept == [0, 1, 2] and same(again, small)
+    (older,) = smaller(replace(run, checkpoint={"students": {"place-0": {}}}), a_dit(), DDPM(), None)
+    assert len(older.blocks) == 3
 
 
 def test_channels_are_drawn_or_measured():

@@ -24,14 +24,20 @@ def test_gray_images_are_gray_for_a_teacher_of_our_own_and_otherwise_what_the_te
     for i in range(6):
         Image.new("L", (8, 8), 40 * i).save(f"gray/{i}.png")
     for channels in (1, 3):
-        UNet(8, channels, channels=8, channel_mults=(1, 2), norm_groups=4).save(f"net{channels}")
-    torch.save(UNet(8, 3, channels=8, channel_mults=(1, 2), norm_groups=4).state_dict(), "net.pth")
+        net = UNet(8, channels, channels=8, channel_mults=(1, 2), norm_groups=4)
+        net.save(f"net{channels}")
+        torch.save(net.state_dict(), f"net{channels}.pth")
     found = []
-    for teacher in ("train", "net1", "net3", "net.pth"):
+    for teacher in ("train", "net1", "net3", "net1.pth", "net3.pth"):
         settings = Settings(data="gray", image_size=8, channels=8, teacher=teacher)
         given = prepare.open_network("teacher", settings)
         found.append(prepare.open_data(settings, given and given.channels)[0].shape[0])
-    assert found == [1, 1, 3, 3]
+    assert found == [1, 1, 3, 1, 3]
+    teacher = ["--data", "gray", "--teacher", "net3", "--device", "cpu"]
+    sizes = [prepare.prepare(parse([*teacher, *more])).images.shape for more in ([], ["--out", "again"])]
+    assert sizes == [(3, 8, 8)] * 2  # as large as the teacher takes them, where nothing else was asked for
+    with pytest.raises(ValueError, match=r"it takes samples of shape \(3, 8, 8\), not \(3, 16, 16\)"):
+        prepare.prepare(parse([*teacher, "--image-size", "16"]))
 
 
 def test_the_size_of_a_run_on_a_folder_follows_the_device_and_the_number_of_images(monkeypatch):
@@ -71,7 +77,7 @@ def test_a_dry_run_says_what_there_is_and_what_is_missing(tmp_path, monkeypatch)
         "--teacher nope.pth": ["digits", "nope.pth is missing"],
         "--dataset celeba --data y": [
             "y is missing",
-            "is missing: it is that of https",
+            "is missing: it is fetched from https",
             "teacher 78,700,803 parameters",
         ],
         "--dataset imagenet --data x": ["data: x", "DiT-XL-2-256x256.pt is missing"],

@@ -24,6 +24,7 @@ from distil.students import (
     predict,
     tap,
     tap_like,
+    timed,
 )
 from models import DiT, prune_channels, prune_depth
 
@@ -155,7 +156,7 @@ def test_the_precision_of_the_networks(monkeypatch):
             assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
     cuda = torch.device("cuda")
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
         assert find_dtype(Settings(), cuda) == dtype and find_dtype(Settings(precision="fp32"), cuda) == torch.float32
     assert a_student("none", precision="fp16").scaler.is_enabled() and not a_student("none").scaler.is_enabled()
 
@@ -185,6 +186,53 @@ def test_the_average_warms_up_then_keeps_its_rate():
         rate = min(0.5, (1 + at) / (10 + at))
         expected = rate * expected + (1 - rate) * student.net.conv_in.weight.detach()
     torch.testing.assert_close(student.ema.conv_in.weight, expected)
+
+
+def test_a_run_may_go_on_on_a_device_where_weights_lie_otherwise_in_memory():
+    def learn(student, at):
+        torch.manual_seed(at)
+        for p in student.model.parameters():
+            p.grad = torch.randn_like(p)
+        train.update(Settings(), student, at, torch.zeros(()))
+
+    first, usual, other = (a_student("out", a_unet()) for _ in range(3))
+    learn(first, 0)
+    state = first.state()
+    usual.restore(copy.deepcopy(state))
+    for moments in state["optimizer"]["state"].values():  # as a GPU leaves them
+        for name, moment in moments.items():
+            if moment.ndim == 4:
+                moments[name] = moment.to(memory_format=torch.channels_last)
+    other.restore({**state, "scaler": {}})
+    learn(usual, 1)
+    learn(other, 1)
+    assert same(usual.state(), other.state())
+
+
+def test_the_seconds_of_a_gpu_are_those_between_its_marks(monkeypatch):
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.clock += 1500
+            self.at = Event.clock
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):  # milliseconds
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    one, two = a_student("out", a_unet()), a_student("none", a_unet())
+    one.device = two.device = torch.device("cuda")
+    for group in ((one,), (one, two)):
+        with timed(*group):
+            pass
+    assert (one.seconds, two.seconds) == (3.0, 1.5) == (one.seconds, two.seconds)
 
 
 def test_a_state_brings_everything_back_and_has_the_keys_of_earlier_checkpoints(tmp_path):

@@ -965,7 +965,12 @@ REFUSED = [
     ("--student {fold}", "has 5 timesteps, this run 1000", "use --fold-steps 5"),
     ("--student {fold} --fold-steps 2 --kd out", "has 5 timesteps, this run 2"),
     ("--student {fold} --fold-steps 5 --fold-end last --kd out", "--student", "other noise at a timestep"),
-    ("--sample-steps 1", "--sample-steps 1 cannot be used", "use linspace or more steps"),
+    ("--guidance 7", "is told nothing, so it cannot be guided"),
+    ("--schedule learned --kd none out", "--schedule learned is of lift and place"),
+    ("--kd none,out", "--kd none,out is not known", "several are separated by spaces"),
+    ("--taylor-threshold 5", "--taylor-threshold 5.0", "at most 1"),
+    ("--arch dit --depth-method learned --prune 0.8 --teacher {deep}", "options a group, too many to choose from"),
+    ("--sample-steps 1", "--sample-steps 1 cannot be used", "use more steps"),
     ("--teacher {rgb} --channels 8", "--channels is of a teacher that is trained here", "{rgb}", "leave it out"),
     ("--teacher {dit} --arch dit --teacher-steps 9", "--teacher-steps is of a teacher that is trained here"),
     ("--sampler pndm --sample-steps 1", "--sample-steps 1 cannot be used", "2 to 999 steps"),
@@ -998,6 +1003,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     nets |= {"more": models.UNet(8, 1, **SMALL | {"num_res_blocks": 2})}
     nets |= {"level": models.UNet(8, 1, **SMALL | {"channel_mults": (1, 2, 2)})}
     nets |= {name: models.DiT(8, 2, 1, 8, 1, 2, **more) for name, more in DITS.items()}
+    nets |= {"deep": models.DiT(8, 2, 1, 8, 29, 2, num_classes=10)}
     nets |= {"coarse": models.DiT(8, 4, 1, 64, 1, 2, num_classes=10)}
     for name, net in nets.items():
         net.save(folder / name)
@@ -1019,6 +1025,9 @@ def test_a_dry_run_holds_a_teacher_against_a_folder_of_which_it_reads_no_image(n
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         train.main(parse("--data {photos} --teacher {fold}".format(**networks).split()), True)
+    assert "--sample-steps 50 cannot be used, the teacher has 5 timesteps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(parse("--data {photos} --image-size 32 --teacher {fold}".format(**networks).split()), True)
     assert "it takes samples of shape (1, 8, 8), not (1, 32, 32): use one that fits" in capsys.readouterr().err
     own = parse(["--student", str(networks["usual"]), "--teacher", str(networks["usual"])])
     assert train.main(own, True) == 0 and "(100.0%)" in capsys.readouterr().out  # the student is the given one
