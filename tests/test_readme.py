@@ -33,7 +33,7 @@ EVERYTHING = "\n".join(PAGES.values())
 def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = {"channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 8}
-    UNet(8, in_channels=1, **small).save("runs/demo/student/place-0")  # what `make demo` leaves behind
+    UNet(8, in_channels=1, **small).save("runs/mine/student")  # what the command above it leaves behind
     first, second = re.findall(r"```python\n(.*?)```", PAGES[README], re.DOTALL)
     exec(compile(first, "README.md", "exec"), {})
     assert re.fullmatch(r"coarse [\d.]+  fine [\d.]+  w [\d.]+  slope -?[\d.]+\n", capsys.readouterr().out)
