@@ -148,6 +148,9 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
         why = "no norm loses a group: a teacher with fewer of them (--teacher-norm-groups) loses more"
         note(f"WARNING: --prune {settings.prune:g} leaves {left:.0%} of the parameters instead of about "
              f"{(1 - settings.prune) ** 2:.0%}, for {why}")  # fmt: skip
+    if dist.is_initialized():  # importance may differ by rounding between processes: all take the channels of rank 0
+        for tensor in net.state_dict().values():
+            dist.broadcast(tensor, 0)
     return net
 
 
