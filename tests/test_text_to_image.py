@@ -433,7 +433,9 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
 
     assert trained(run("one")) == 0
     (tmp_path / "both.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom distil.settings import parse\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train\nfrom distil import networks\n"
+        "from distil.settings import parse\n"  # weights lie as on a GPU
+        "networks.on_device = lambda net, device: net.to(device, memory_format=torch.channels_last)\n"
         f"for port, run in zip({free_ports(2)}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
         "    os.environ['MASTER_PORT'] = port\n    assert train.main(parse(run)) == 0\n"
     )
