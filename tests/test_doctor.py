@@ -8,7 +8,7 @@ import pytest
 from conftest import a_unet, refused
 from PIL import Image
 
-from distil import doctor
+from distil import calibrate, doctor, sample
 from distil.process import DDPM, RectifiedFlow
 from models import regroup
 
@@ -54,6 +54,20 @@ def test_a_student_that_is_its_teacher_needs_nothing(capsys):
     out = asked(capsys, "student")
     assert f"{len(net.norms())} of {len(net.norms())} norms have one channel a group" in out
     assert out.splitlines()[-1] == "advice: nothing; no remedy here brings it much nearer to its teacher"
+
+
+def test_a_student_that_pndm_samples_stands_beside_a_teacher_that_it_samples():
+    net = a_unet()
+    net.save("teacher")
+    net.save("student")
+    case = doctor.open_case(
+        Path("student"), sample.Flags(teacher="teacher", sampler="pndm", sample_steps=4, num=6), "images"
+    )
+    rows, _ = case.compare(doctor.Way(name, one, {"method": name}) for name, one in case.students.items())
+    assert case.own.sampler == "PNDM" and rows[1]["teacher_mse"] == 0
+    calibration = calibrate.fit_calibration(net, net, case.process, case.x0, case.times)
+    ways = doctor.remedies("student", calibration, case)
+    assert [way.about["method"] for way in ways] == ["as it is", "calibrated"]  # PNDM has no clamping
 
 
 def test_norms_of_one_channel_a_group_are_named_as_the_cause():
