@@ -285,7 +285,7 @@ def diagnose(
     """What a log line says of a student beside its loss: the parts of its own LIFT or PLACE, else those of PLACE."""
     (output, _), (teacher_output, _) = (split(x, batch.x_t.shape[1]) for x in (output, teacher_output))
     parts = parts or method.watch(output, teacher_output, None, at)[1]
-    lines = {"b0": parts.b0.mean(), "b1": parts.b1.mean(), "mse": (output - teacher_output).square().mean()}
+    lines = {"b0": parts.b0.mean(), "b1": parts.b1.mean(), "mse": mse_loss(output.float(), teacher_output.float())}
     return {"coarse": parts.coarse, "fine": parts.fine, "w": parts.weight, **lines}
 
 
@@ -363,6 +363,9 @@ def preview(settings: Settings, students: list[Student], run: Run, process: Proc
         save_students(settings, nets)
         shown = [(student.method, nets[student.name]) for student in students]
         evaluate.preview(settings, run.images, run.vae, shown, process, run.device)
+        if settings.fsdp:  # whole ones would stay in the memory of this GPU
+            for net in nets.values():
+                net.cpu()
 
 
 def save_students(settings: Settings, nets: dict[str, Network]) -> list[Path]:

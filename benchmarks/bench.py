@@ -102,6 +102,10 @@ class Setup:
         self.device = machine.find_device(options.device)
         self.quick, self.compile = options.quick, options.compile
         self.gpu = self.device.type == "cuda"
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+        emulated = self.gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+        self.half = "fp16" if emulated else "bf16"
         self.repeat = options.repeat or (1 if self.quick else 30 if self.gpu else 5)
         self.limit = 20.0 if self.gpu else math.inf  # seconds of a comparison: that of large batches needs fewer turns
         self.size, self.batch = (16, 2) if self.quick else (64, 96 if self.gpu else 8)
@@ -222,7 +226,7 @@ def step(b: Setup) -> Iterable[Row]:
     """A whole step of PLACE with features, the teacher's part of it, and how fast the device multiplies matrices."""
     gflop, cases, n = {}, {}, 256 if b.quick else 8192 if b.gpu else 2048
     x_t, t = torch.randn(b.batch, 3, b.size, b.size, device=b.device), torch.arange(b.batch, device=b.device)
-    for precision in ["bf16"] if b.gpu else ["fp32", "bf16"]:
+    for precision in [b.half] if b.gpu else ["fp32", b.half]:
         settings = b.settings(precision=precision)
         half, student = autocast(settings, b.device), b.student(settings)
         matrix = torch.randn(n, n, device=b.device, dtype=find_dtype(settings, b.device))
@@ -314,10 +318,12 @@ def ways(b: Setup) -> Iterable[Row]:
         nets[", compiled"] = b.pruned(0.9).eval()
         nets[", compiled"].compile()
     noise, first = torch.randn(2 if b.quick else 16, 3, b.size, b.size, device=b.device), {}
-    cases = {p + name: partial(ddim, b, net, noise, 1, p) for p in ("fp32", "bf16") for name, net in nets.items()}
+    cases = {p + name: partial(ddim, b, net, noise, 1, p) for p in ("fp32", b.half) for name, net in nets.items()}
     for name, case in cases.items():
         began = time.perf_counter()
         case()
+        if b.gpu:
+            torch.cuda.synchronize()
         first[name] = time.perf_counter() - began
     took = b.medians(cases)
     for name in cases:

@@ -95,6 +95,8 @@ def timed(b: Setup, cases: Cases) -> Iterable[Row]:
         began = time.perf_counter()
         try:
             case()
+            if b.gpu:
+                torch.cuda.synchronize()
             rows[name]["first_s"] = time.perf_counter() - began
             if b.gpu:
                 rows[name]["peak_GiB"] = bench.peak_bytes(case, b.device) / 2**30
@@ -115,7 +117,7 @@ def ways(b: Setup) -> Iterable[Row]:
     many small kernels of a thin student, or records them once as CUDA graphs. peak: beyond weights and optimizer."""
     layouts, cases = {"": torch.contiguous_format, ", channels last": torch.channels_last}, {}
     compilers = {", compiled": "default", ", CUDA graphs": "reduce-overhead"}
-    names = [*product(("fp32", "bf16"), layouts, [""]), *product(["bf16"], [", channels last"], compilers)]
+    names = [*product(("fp32", b.half), layouts, [""]), *product([b.half], [", channels last"], compilers)]
     for name in names[:2] if b.quick else names:  # a compiler takes minutes on a CPU
         precision, layout, how = name
         settings = b.settings(precision=precision)

@@ -44,7 +44,9 @@ def batches(
     rank, world = (0, 1) if whole else rank_and_world()
     rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
     settings = replace(settings, flip=settings.flip and not whole)
-    with contextlib.closing(data.batches(images, settings.batch_size, settings.seed, start, rows=rows)) as stream:
+    of_gpu = next(net.parameters()).device.type == "cuda"
+    stream = data.batches(images, settings.batch_size, settings.seed, start, rows=rows, pin=of_gpu)
+    with contextlib.closing(stream):
         for step, (pixels, cond) in enumerate(stream, start):
             yield draw(settings, pixels, cond, process, net, step, rows)
 
@@ -76,5 +78,5 @@ def draw(
         dropped = uniform() < net.condition_dropout  # (B,)
         for key, null in net.no_condition().items():
             shape = (-1, *[1] * (cond[key].ndim - 1))
-            cond[key] = torch.where(dropped.reshape(shape), null.to(cond[key]), cond[key])
+            cond[key] = torch.where(dropped.reshape(shape), null.to(cond[key], non_blocking=True), cond[key])
     return Batch(x0, noise, process.add_noise(x0, noise, t), process.target(x0, noise, t), t, cond)

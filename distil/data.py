@@ -409,17 +409,17 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches(
-    images: Images, batch: int, seed: int, start: int = 0, *, rows: slice = slice(None)
+    images: Images, batch: int, seed: int, start: int = 0, *, rows: slice = slice(None), pin: bool = False
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Images, (B, C, H, W) uint8 or (B, 2, C, H, W) float32, and their `conditions`, by the `batch_indices` of steps
     start, start + 1, ... without end. Threads fetch a few steps ahead until the generator is closed; what indexing
-    raises is raised at the step that it concerns. rows: the part of a batch that this rank sees. Where there is a GPU
-    they lie in page-locked memory, so that `.to(device, non_blocking=True)` overlaps."""
+    raises is raised at the step that it concerns. rows: the part of a batch that this rank sees. pin: for a GPU, in
+    page-locked memory, so that `.to(device, non_blocking=True)` overlaps."""
 
     def fetch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = batch_indices(len(images.images), batch, step, seed)[rows]
         pixels, cond = torch.from_numpy(images.images[index]), images.conditions(index)
-        if torch.cuda.is_available():
+        if pin:
             pixels, cond = pixels.pin_memory(), {key: value.pin_memory() for key, value in cond.items()}
         return pixels, cond
 

@@ -65,6 +65,7 @@ def _order(error: Tensor) -> Tensor:
     key = error.abs_().view(torch.int32 if error.dtype == torch.float32 else torch.int64)  # (B, C, N)
     if key.device.type != "cpu" or key.dtype == torch.int64 or key.numel() < RADIX:
         return key.argsort(dim=-1, stable=True)
+    key = key.contiguous()
     # one long row of integers is sorted by radix there: join some rows, with the row's number in front of the key
     n, order = key.shape[-1], torch.empty_like(key, dtype=torch.int64)
     together = -(-RADIX // n)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -45,8 +46,11 @@ def processes(device: str, hours: int = 12) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=hours))
     try:
         yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):  # how NCCL and gloo say it
+    except BaseException as error:
+        if cuda:
+            leave(error)
+        lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # how gloo says it
+        if not isinstance(error, RuntimeError) or not lost:
             raise
         message = (
             f"process {dist.get_rank()} stops, for another one has ended; the same command goes on from what is saved"
@@ -54,6 +58,19 @@ def processes(device: str, hours: int = 12) -> Iterator[None]:
         raise SystemExit(message) from error
     finally:
         dist.destroy_process_group()
+
+
+def leave(error: BaseException) -> None:
+    """Ends this process as Python would for the error, but at once: to end NCCL in order it would wait for the others,
+    who wait for it, and torchrun ends them when it is gone."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 @contextlib.contextmanager
@@ -221,10 +238,10 @@ class Stop:
 
     def agreed(self, device: torch.device, last: bool = False) -> int:
         """The signal that some process got, 0 for none, as all processes find it at the same step. Of several it is the
-        answer of the call before, so that no device is waited for; at the `last` call that of this one."""
+        answer of the call before, for which no device has to finish this step; at the `last` call that of this one."""
         if rank_and_world()[1] == 1:
             return self.number
-        found = torch.tensor(self.number, device=device)
+        found = torch.full((), self.number, device=device)  # no copy to it
         dist.all_reduce(found, dist.ReduceOp.MAX)
         before, self.before = self.before, found
         return int(found if last else before) if last or before is not None else 0

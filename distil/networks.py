@@ -22,7 +22,7 @@ from distil.machine import hash_seed, note, on_device, say
 from distil.presets import SHAPE, preset
 from distil.process import Process
 from distil.settings import FREE, Settings
-from distil.students import autocast
+from distil.students import autocast, find_dtype
 from models import DiT, Network, UNet, group_widths, prune_channels, prune_depth, regroup, uniform_blocks
 
 
@@ -205,11 +205,13 @@ def same_on_all(keep: list[int], device: torch.device) -> list[int]:
 
 def learned(run: Run, teacher: Network, process: Process, loss: Loss, n: int, seed: int) -> list[int]:
     """The n blocks that TinyFusion's learned choice leaves."""
-    stream = batches(run.settings, run.images, process, teacher)
+    stream, precise = batches(run.settings, run.images, process, teacher), run.settings
+    if find_dtype(precise, run.device) == torch.float16:  # its gradients would need a scaler
+        precise = replace(precise, precision="fp32")
 
     def of_step(net: nn.Module, step: int) -> Tensor:
         batch = next(stream)
-        with autocast(run.settings, run.device):
+        with autocast(precise, run.device):
             output = net(batch.x_t, batch.t, batch.cond)
         return loss(output, batch)
 

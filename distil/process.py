@@ -477,7 +477,10 @@ class Guided(nn.Module):
         self.net, self.scale, self.null, self.channels = net, scale, null, channels
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        both = {key: torch.cat([value, self.null[key].to(value).expand_as(value)]) for key, value in cond.items()}
+        both = {
+            key: torch.cat([value, self.null[key].to(value, non_blocking=True).expand_as(value)])
+            for key, value in cond.items()
+        }
         with_cond, without = self.net(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)  # (B, C or 2C, ...)
         k = x_t.shape[1] if self.channels is None else self.channels
         c, u = with_cond[:, :k], without[:, :k]
@@ -514,7 +517,7 @@ def _nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def _randn(shape: Sequence[int], generator: Source, device: torch.device) -> Tensor:
     """Normal noise on `device`, drawn where the generator lives, so that a CPU seed means the same on every machine."""
     if isinstance(generator, Sequence):
-        return torch.stack([_randn(shape[1:], one, device) for one in generator])
+        return torch.stack([_randn(shape[1:], one, one.device) for one in generator]).to(device)
     where = device if generator is None else generator.device
     return torch.randn(*shape, generator=generator, device=where).to(device)
 

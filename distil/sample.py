@@ -65,7 +65,8 @@ def sample_batches(
     timesteps. cond: the conditions of all images, or a function. batch: None is 256, on CUDA twice as many each time,
     up to 2048, past which nothing gets faster, and half as many where they do not fit. device: None is the net's.
     """
-    net.to(device)
+    if device is not None:
+        machine.on_device(net, torch.device(device))
     where, called, modes = next(net.parameters()).device, net, [(module, module.training) for module in net.modules()]
     if guidance != 1 and net.conditions:
         called = Guided(net, guidance, net.no_condition(), net.guided_channels)

@@ -326,7 +326,8 @@ class ShardedStudent(Student):
         sharded.set_model_state_dict(self.model, state["module"], options=options)
         sharded.set_model_state_dict(self.ema, state["ema"], options=options)
         sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.remember(state)
 
 

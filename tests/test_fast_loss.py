@@ -137,3 +137,12 @@ def test_it_keeps_less_for_the_backward_pass(function, options):
 def test_the_two_files_offer_the_same_arguments():
     for name in ("place", "lift"):
         assert inspect.signature(getattr(fast_loss, name)) == inspect.signature(getattr(lift_place, name))
+
+
+def test_outputs_that_lie_in_memory_as_on_a_gpu_are_taken():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(16, 3, 32, 32, generator=generator) for _ in range(2))
+    found = fast_loss.place(*(x.to(memory_format=torch.channels_last) for x in (student, teacher)))
+    assert student.numel() >= fast_loss.RADIX
+    for one, other in zip(found, fast_loss.place(student, teacher), strict=True):
+        torch.testing.assert_close(one, other)

@@ -47,6 +47,23 @@ with machine.processes("cpu"):
     assert "process 0 stops, for another one has ended; the same command goes on from what is saved" in said
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (SystemExit(2), 2, ""),
+        (SystemExit("a sentence"), 1, "a sentence\n"),
+        (SystemExit(None), 0, ""),
+        (KeyboardInterrupt(), 1, "KeyboardInterrupt\n"),
+        (ValueError("why"), 1, "ValueError: why\n"),
+    ],
+)
+def test_a_process_with_a_gpu_leaves_at_once_and_says_why(error, code, said, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    machine.leave(error)
+    assert codes == [code] and capsys.readouterr().err.endswith(said)
+
+
 def test_a_device_is_found_or_refused(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert find_device("cpu") == torch.device("cpu")
