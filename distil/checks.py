@@ -17,7 +17,7 @@ from distil.importance import groups_of
 from distil.machine import note, rank_and_world
 from distil.networks import kept_blocks, new_network, regrouped, teacher_settings
 from distil.presets import SD_STUDENTS, SHAPE, preset
-from distil.process import Process, check_sampler, make_process, process_of
+from distil.process import Process, check_guidance, check_sampler, make_process, process_of
 from distil.settings import Settings
 from models import Network, check_blocks, prune_channels
 
@@ -90,6 +90,7 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
     """ValueError where the students that the settings ask for cannot be made."""
     with torch.device("meta"):
         source = teacher or new_network(settings, images)
+    check_guidance("the teacher", source, settings.guidance)
     if lonely := models.lonely_norms(source):
         remedy = "train one with fewer, --teacher-norm-groups" if teacher is None else "prefer one with fewer groups"
         note(f"WARNING: {lonely} norms of the teacher have one channel a group and erase its mean and scale: {remedy}")

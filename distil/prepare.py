@@ -209,6 +209,8 @@ def dry_run(settings: Settings) -> str:
         file, otherwise = made, f"is trained first, {settings.teacher_steps:,} steps"
     elif file == "auto" and public:
         file, otherwise = Path(made.parents[1], public.file), f"is missing: it is fetched from {public.url}"
+        if public.by_hand:
+            otherwise = f"is missing: fetch {public.url} with a browser and put it there"
     elif text_to_image.HUB_ID.fullmatch(file):
         otherwise = "is no folder here, so it is taken from the hub"
     there = Path(file).exists()

@@ -77,7 +77,7 @@ def test_a_dry_run_says_what_there_is_and_what_is_missing(tmp_path, monkeypatch)
         "--teacher nope.pth": ["digits", "nope.pth is missing"],
         "--dataset celeba --data y": [
             "y is missing",
-            "is missing: it is fetched from https",
+            "is missing: fetch https",
             "teacher 78,700,803 parameters",
         ],
         "--dataset imagenet --data x": ["data: x", "DiT-XL-2-256x256.pt is missing"],
