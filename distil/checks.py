@@ -16,21 +16,16 @@ from distil.fast_loss import place
 from distil.importance import groups_of
 from distil.machine import note, rank_and_world
 from distil.networks import kept_blocks, new_network, regrouped, teacher_settings
-from distil.presets import SD_STUDENTS, SHAPE, preset
-from distil.process import Process, check_guidance, check_sampler, make_process, process_of
+from distil.presets import SD_STUDENTS, preset
+from distil.process import Process, check_clip, check_guidance, check_sampler, make_process, process_of
 from distil.settings import Settings
 from models import Network, check_blocks, prune_channels
 
 
 def check_unused(settings: Settings) -> None:
-    """ValueError for flags that say how a teacher is trained here where one is given, or fetched. A checkpoint file
-    holds weights alone: of its network the flags say the shape."""
-    if settings.teacher == "train":
-        return
-    of_file = Path(settings.teacher).is_file()
-    names = {"teacher_steps", "teacher_lr"} | (set() if of_file else {"channels", *SHAPE})
+    """ValueError for flags that say how a teacher is trained here where one is given, or fetched."""
     usual = preset(settings.dataset, settings.prune, settings.arch, settings.fold_steps)
-    for name in sorted(names):
+    for name in sorted(settings.unused):
         if getattr(settings, name) not in (None, usual.get(name)):
             its = f"is of a teacher that is trained here, and --teacher {settings.teacher} brings its own"
             raise ValueError(f"{flag(name)} {its}: leave it out")
@@ -73,8 +68,7 @@ def check_images(settings: Settings, images: data.Images) -> None:
     if settings.eval_samples and n < 6:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
         raise ValueError(f"{settings.data} holds {n} images, too few to compare samples with: {remedy}")
-    if settings.clip_x0 and images.record is not None:
-        raise ValueError("--clip-x0 is of pixels, which lie in [-1, 1]; latents have no bounds: leave it out")
+    check_clip(settings.clip_x0, latents=images.record is not None)
     probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
     try:
         place(probe, probe, group_size=settings.group_size)

@@ -12,7 +12,6 @@ from distil import disk
 from distil.command import flag
 from distil.disk import Damaged
 from distil.machine import rank_0_first, say
-from distil.presets import SHAPE
 from distil.settings import EVALUATION, FREE, Settings, plain, restored
 
 
@@ -88,9 +87,7 @@ def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path
     """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
     chosen = {"taylor_batch": settings.taylor_batch}  # long ago: a checkpoint brings its own channels
     now, former = plain(settings), plain(restored({**chosen, **former}))
-    free = FREE | EVALUATION
-    if settings.teacher != "train":  # how one is trained says nothing then
-        free |= {"teacher_steps", "teacher_lr"} | (set() if Path(settings.teacher).is_file() else {"channels", *SHAPE})
+    free = FREE | EVALUATION | settings.unused
     differ = [name for name in now if name not in free and now[name] != former[name]]
     if differ:
         changes = ", ".join(f"{flag(name)} was {former[name]}, is {now[name]}" for name in differ)

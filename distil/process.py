@@ -502,6 +502,12 @@ def check_sampler(process: Process, steps: int, eta: float = 0.0) -> None:
         raise ValueError("one step begins at t = 0, where nothing is noise: use more steps")
 
 
+def check_clip(clip_x0: bool, latents: bool) -> None:
+    """ValueError where what has no bounds is to be clamped."""
+    if clip_x0 and latents:
+        raise ValueError("--clip-x0 is of pixels, which lie in [-1, 1]; latents have no bounds: leave it out")
+
+
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """The prediction (B, channels, ...) in an output, and where its variance lies, if it has 2 `channels`, or None."""
     return output.chunk(2, dim=1) if output.shape[1] == 2 * channels else (output, None)

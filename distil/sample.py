@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from distil import calibrate, data, disk, machine, shards, teachers
 from distil.command import SEED, Parser, check_fields, flag, option
 from distil.presets import PROCESSES, SAMPLERS, SPACINGS
-from distil.process import Guided, Process, check_guidance, check_sampler, process_of
+from distil.process import Guided, Process, check_clip, check_guidance, check_sampler, process_of
 from distil.text_to_image import TextEncoder, Vae
 from models import Network, fingerprint
 
@@ -314,8 +314,7 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     count = flags.num or len(given) or 16
     prompts = [given[i % len(given)] for i in range(count)] if given else []
     vae, shape = open_vae(flags.vae, first.shape, device)
-    if vae is not None and flags.clip_x0:
-        raise ValueError("--clip-x0 is of pixels, which lie in [-1, 1]; latents have no bounds: leave it out")
+    check_clip(flags.clip_x0, latents=vae is not None)
     how = {"spacing": flags.spacing, "clip_x0": flags.clip_x0, "sampler": flags.sampler}
     processes = {name: process_of(net, flags.process, **how) for name, net in nets.items()}
     steps = flags.sample_steps or min(100, *(process.steps for process in processes.values()))

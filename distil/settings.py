@@ -23,6 +23,7 @@ from distil.presets import (
     PROCESSES,
     SAMPLERS,
     SD_STUDENTS,
+    SHAPE,
     SPACINGS,
     TIMESTEPS,
     WEIGHTS,
@@ -162,6 +163,14 @@ class Settings:
     @property
     def is_flow(self) -> bool:
         return PROCESSES[self.process][0] == "flow"
+
+    @property
+    def unused(self) -> set[str]:
+        """What says how a teacher is trained here, where one is given or fetched. A checkpoint file holds weights
+        alone: of its network they say the shape."""
+        if self.teacher == "train":
+            return set()
+        return {"teacher_steps", "teacher_lr"} | (set() if Path(self.teacher).is_file() else {"channels", *SHAPE})
 
     @property
     def usual_steps(self) -> int:
