@@ -19,7 +19,7 @@ from distil.earlier import read_checkpoint, read_metrics
 from distil.machine import digest, find_device, rank_0_first
 from distil.networks import NEW, SMALLER, Run, check_conditions, headed, new_network, teacher_settings
 from distil.presets import ARCHS, SD_STUDENTS, SHAPE, SIZES
-from distil.process import check_guidance
+from distil.process import check_guidance, check_name
 from distil.settings import Settings, plain
 from models import Network, load_checkpoint
 
@@ -146,9 +146,8 @@ def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Im
     if opened is None:
         return None
     net = opened.build(images)
-    what, theirs = f"{flag(name)} {getattr(settings, name)}", net.process.get("name", settings.process)
-    if theirs != settings.process:
-        raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
+    what = f"{flag(name)} {getattr(settings, name)}"
+    check_name(what, net, settings.process)
     if net.predicts_variance and settings.is_flow:
         raise ValueError(f"{what} predicts a variance, of which the process {settings.process} has none")
     check_conditions(what, net.conditions, settings.data, images, net.num_classes)

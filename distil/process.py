@@ -495,6 +495,12 @@ def check_guidance(what: str, net: nn.Module, scale: float) -> None:
         raise ValueError(f"{what} was trained with a class for every image, so it cannot be guided: use --guidance 1")
 
 
+def check_name(what: str, net: nn.Module, name: str) -> None:
+    """ValueError where a network, called `what`, knows that its process has another name."""
+    if (theirs := net.process.get("name", name)) != name:
+        raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
+
+
 def check_sampler(process: Process, steps: int, eta: float = 0.0) -> None:
     """ValueError for steps or an eta that the sampler does not have, or for one step from where nothing is noise."""
     process.check_eta(eta)

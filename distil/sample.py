@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from distil import calibrate, data, disk, machine, shards, teachers
 from distil.command import SEED, Parser, check_fields, flag, option
 from distil.presets import PROCESSES, SAMPLERS, SPACINGS
-from distil.process import Guided, Process, check_clip, check_guidance, check_sampler, process_of
+from distil.process import Guided, Process, check_clip, check_guidance, check_name, check_sampler, process_of
 from distil.text_to_image import TextEncoder, Vae
 from models import Network, fingerprint
 
@@ -63,7 +63,8 @@ def sample_batches(
 
     Image i is a function of (seed, i), and `batch` changes it by no more than rounding. steps: how many, or their
     timesteps. cond: the conditions of all images, or a function. batch: None is 256, on CUDA twice as many each time,
-    up to 2048, past which nothing gets faster, and half as many where they do not fit. device: None is the net's.
+    up to 2048, past which nothing gets faster, and half as many where they do not fit; on a CPU fewer large images (16
+    of 64x64), so that what a layer returns stays in its cache. device: None is the net's.
     """
     if device is not None:
         machine.on_device(net, torch.device(device))
@@ -81,7 +82,8 @@ def sample_batches(
             x = process.sample(called, noise.shape, steps, told, eta=eta, noise=noise, generator=later)
         return x if vae is None else vae.decode(x)
 
-    done, size, largest = 0, batch or 256, batch or (2048 if where.type == "cuda" else 256)
+    usual = max(1, min(256, 2**16 // math.prod(net.shape[1:]))) if where.type == "cpu" else 256
+    done, size, largest = 0, batch or usual, batch or (2048 if where.type == "cuda" else usual)
     net.eval()
     try:
         with machine.progress_bar(total=len(rows), desc=label, unit="img", disable=not progress, leave=False) as bar:
@@ -201,7 +203,7 @@ class Flags:
     teacher: str | None = option(None, "pipeline with their text encoders and VAE, and their neighbour; as the run's")
     no_calibration: bool = option(False, "leave out what distil.calibrate has put beside their weights", bool)
     no_t5: bool = option(False, "without the largest text encoder of Stable Diffusion 3", bool)
-    batch: int | None = option(None, "images at a time; what fits on a GPU, 256 on a CPU", int, low=1)
+    batch: int | None = option(None, "images at a time; what fits on a GPU, on a CPU 16 of 64x64", int, low=1)
     compile: bool = option(False, "torch.compile the networks: slow to start, faster to sample", bool)
     precision: str | None = option(None, "bf16 where a GPU has it, else fp32", choices=("fp32", "bf16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -297,7 +299,7 @@ def open_vae(where: str | None, shape: Sequence[int], device: torch.device) -> t
 
 def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     """Loads the networks of these folders and what sampling them takes; ValueError, OSError, ImportError if not."""
-    device, flags = machine.find_device(flags.device), sampler_of(runs, flags)
+    device, asked, flags = machine.find_device(flags.device), flags.process, sampler_of(runs, flags)
     nets = open_networks(runs, not flags.no_calibration)
     first, given, text = next(iter(nets.values())), [], None
     if any("text" in net.conditions for net in nets.values()):
@@ -311,6 +313,8 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
         raise ValueError("--prompts is for networks that read text, and these do not")
     for name, net in nets.items():
         check_guidance(name, net, flags.guidance)
+        if asked is not None:
+            check_name(name, net, asked)
     count = flags.num or len(given) or 16
     prompts = [given[i % len(given)] for i in range(count)] if given else []
     vae, shape = open_vae(flags.vae, first.shape, device)

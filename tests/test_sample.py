@@ -139,6 +139,14 @@ def test_a_batch_that_does_not_fit_is_halved():
         draw(Wrapped(a_unet(), never), 2, 2)
 
 
+def test_batches_of_large_images_are_smaller_on_a_cpu():
+    sizes = []
+    net = Wrapped(a_unet(), sizes.append)
+    net.shape = (1, 64, 64)
+    sample.sample(net, DDPM(), 40, seed=0, steps=1, progress=False)
+    assert sizes == [16, 16, 8]
+
+
 def test_decoded_shows_latents_evenly_spaced():
     class Vae:
         def decode(self, latents):
@@ -321,6 +329,7 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
         (["sure", "--guidance", "2"], "sure was trained with a class for every image, so it cannot be guided: use --"),
         (["net", "--sampler", "pndm", "--sample-steps", "1"], "PNDM takes a number of 2 to 999 steps, got 1"),
         (["net", "--sampler", "pndm", "--sample-steps", "1000"], "PNDM takes a number of 2 to 999 steps, got 1000"),
+        (["flow", "--process", "ddpm"], "flow was trained for the process flow: use --process flow"),
         (["latents"], "these networks make latents of 4 channels: name the VAE with --vae"),
         (["net", "--prompts", "empty.txt"], "--prompts is for networks that read text"),
         (["{sd}"], "give --prompts FILE, with a prompt a line"),
@@ -337,6 +346,8 @@ def test_bad_input_is_one_sentence(arguments, words, pipelines, capsys):
     few.process = {"fold": [0, 300, 600]}
     a_dit(3, class_dropout_prob=0.0).save("sure")
     few.save("few")
+    few.process = {"name": "flow"}
+    few.save("flow")
     Path("empty.txt").write_text("\n")
     with pytest.raises(SystemExit) as stopped:
         sample.main([argument.format(sd=pipelines["sd"]) for argument in arguments])
