@@ -187,8 +187,7 @@ def step(
     """
     half, n = autocast(settings, batch.x_t.device), len(batch.t)
     frozen = autocast(settings, batch.x_t.device, frozen=True)
-    parts = {int(rows[0]): batch.part(slice(int(rows[0]), int(rows[-1]) + 1))
-             for rows in torch.arange(n).chunk(settings.accumulate)}  # by their first rows  # fmt: skip
+    parts = batch.parts(settings.accumulate)  # by their first rows
     learners = [student for student in students if student.kd.output or student.kd.features]
     said: dict[int, Output] = {}  # by the teacher, to be used again
 

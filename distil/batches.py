@@ -30,6 +30,11 @@ class Batch(NamedTuple):
     def part(self, rows: slice) -> Batch:
         return Batch(*(x[rows] for x in self[:-1]), {key: value[rows] for key, value in self.cond.items()})
 
+    def parts(self, n: int) -> dict[int, Batch]:
+        """The batch in at most n parts, by their first rows."""
+        pieces = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(self.t)).chunk(n)]
+        return {first: self.part(slice(first, end)) for first, end in pieces}
+
 
 def batches(
     settings: Settings, images: data.Images, process: Process, net: Network, start: int = 0, whole: bool = False

@@ -287,13 +287,17 @@ def _one_per_file(ask: Request) -> Images:
     missing = sorted(set(names) - set(os.listdir(labels)))
     if missing:
         raise FileNotFoundError(f"{labels / missing[0]} is missing, the label of {missing[0]} of the latents")
-    file = _entry(ask, "labels", (labels, len(names), (features / names[-1]).stat().st_mtime_ns)) / "labels.npy"
+    times = [path.stat().st_mtime_ns for path in (features / names[-1], labels, labels / names[-1])]
+    file = _entry(ask, "labels", (labels, len(names), times)) / "labels.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        read = ThreadPoolExecutor().map(lambda name: shards.open_array(labels / name, None, check=False).item(), names)
-        shards.save_array(file, np.array([*read], np.int64))
+        found = np.array([shards.open_array(labels / name, None, check=False).item() for name in names], np.int64)
+        shards.save_array(file, found)
     numbers = np.array(shards.open_array(file, (len(names),)))
     shape = np.load(features / names[0], mmap_mode="r").shape[-4:]
+    if len(shape) != 4 or shape[0] != 2:
+        wrong = f"{features / names[0]} has the shape {shape}, not (2, C, H, W), an image and its mirror image"
+        raise ValueError(f"{wrong}: make the latents again, with python -m distil.latents or as TinyFusion does")
     latents = shards.OnTheFly(names, numbers, lambda name: np.load(features / name).reshape(shape), shape, "float32")
     record = {"vae": None, "count": len(names), "size": list(shape[1:])}
     about = machine.digest(repr(names).encode("utf-8", "surrogateescape"), labels_of(numbers))

@@ -173,14 +173,15 @@ class LoRA(nn.Module):
 
 
 def learned_blocks(
-    net: Network, keep: int, loss: Callable[[nn.Module, int], Tensor], steps: int, *, lora_rank: int = 8,
+    net: Network, keep: int, losses: Callable[[nn.Module, int], Iterable[Tensor]], steps: int, *, lora_rank: int = 8,
     seed: int = 0, progress: bool = True,
 ) -> list[int]:  # fmt: skip
     """The `keep` blocks that TinyFusion's learned choice would leave, for `prune_depth`; `net` stays as it is.
 
-    loss: (network, step) -> (), of one batch for a network that is called as `net` is. Published: the diffusion loss
-    alone, batch 128, one epoch of ImageNet; AdamW, 1e-3 for the logits, 1e-4 for the rest, clip 1, a temperature that
-    falls from 4 to 0.1, decision by an average of rate 0.999. torch's global random state stays as it was.
+    losses: (network, step) -> those of one batch, () each, which are summed, for a network that is called as `net` is;
+    of several one is in memory at a time. Published: the diffusion loss alone, batch 128, one epoch of ImageNet; AdamW,
+    1e-3 for the logits, 1e-4 for the rest, clip 1, a temperature that falls from 4 to 0.1, decision by an average of
+    rate 0.999. torch's global random state stays as it was.
     ValueError for a `keep` that cannot be chosen, or a loss that is not finite.
     """
     device = next(net.parameters()).device
@@ -194,10 +195,10 @@ def learned_blocks(
         for step in machine.progress_bar(range(steps), desc="choosing blocks", disable=not progress):
             gated.tau = 4 + (0.1 - 4) * step / max(steps - 1, 1)
             torch.manual_seed((seed * 1_000_003 + step) % 2**63)
-            value = loss(gated, step)
-            if not value.isfinite():
-                raise ValueError(f"the loss at step {step} of choosing blocks is {value.item()}: nothing can be learnt")
-            value.backward()
+            for loss in losses(gated, step):
+                if not loss.isfinite():
+                    raise ValueError(f"the loss at step {step} of choosing blocks is {loss.item()}: nothing is learnt")
+                loss.backward()
             nn.utils.clip_grad_norm_([gated.gates, *learned], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@
 `data.load("latents", LATENTS)` reads what this writes.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,24 +45,32 @@ def captioned(source: Path) -> Captioned:
         raise FileNotFoundError(f"there is no {source}; --data must name a folder of images, or a tar")
     tars = sorted(source.glob("*.tar")) if source.is_dir() else [source]
     tables = [source / name for name in METADATA if (source / name).is_file()]
-    try:
-        if tables:
+    if tables:
+        with _readable(tables[0]):
             found = _metadata(tables[0])
-        elif tars and all(map(tarfile.is_tarfile, tars)):
-            found = _webdataset(tars)
-        else:
-            raise ValueError(f"{source} has no captions: it needs {' or '.join(METADATA)} (file_name, text), or tars")
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error, tarfile.TarError, EOFError) as error:
-        raise ValueError(f"the captions in {source} cannot be read: {error}") from error
+    elif any(map(tarfile.is_tarfile, tars)):
+        found = _webdataset(tars)
+    else:
+        raise ValueError(f"{source} has no captions: it needs {' or '.join(METADATA)} (file_name, text), or tars")
     if not found.files:
         raise ValueError(f"{source} holds no image with a caption")
     return found
 
 
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """ValueError that names the file where the block cannot read the captions in it."""
+    try:
+        yield
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"the captions in {file} cannot be read: {error}") from error
+
+
 def _metadata(table: Path) -> Captioned:
     """The images in a table; ValueError where a column or an image is missing."""
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = [json.loads(line) for line in file] if table.suffix == ".jsonl" else list(csv.DictReader(file))
+    with table.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a table with a mark
+        of_lines = (json.loads(line) for line in file if line.strip())
+        rows = list(of_lines if table.suffix == ".jsonl" else csv.DictReader(file))
     for row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("file_name", "text")):
             raise ValueError(f"every row of {table} needs file_name and text, but one is {str(row)[:200]}")
@@ -79,7 +88,8 @@ def _webdataset(tars: Sequence[Path]) -> Captioned:
     """The images in tars that have a caption there. An image is called TAR/FOLDER/KEY."""
     places, captions = {}, {}  # an image is read from its place in the tar, so that threads need not share a tar
     for tar in tars:
-        with tarfile.open(tar) as archive:
+        # a compressed one has no places to read an image from
+        with _readable(tar), tarfile.open(tar, "r:") as archive:
             for member in filter(tarfile.TarInfo.isreg, archive):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,9 +51,15 @@ def check_conditions(
     if "text" in conditions and images.no_condition is None:
         remedy = "make its latents with python -m distil.latents --text PIPELINE"
         raise ValueError(f"{network} needs captions, and {where} has none: {remedy}")
-    if classes is not None and images.labels.max() >= classes:
-        known = f"the classes 0 to {classes - 1}, but the data has a class {images.labels.max()}"
+    if classes is None:
+        return
+    least, most = images.labels.min(), images.labels.max()
+    if not 0 <= least <= most < classes:
+        known = f"the classes 0 to {classes - 1}, but the data has a class {least if least < 0 else most}"
         raise ValueError(f"{network} knows {known}: use a network made for such")
+    if most + 1 < classes:
+        same = "class i of the data, in the order of its folders, is taken for class i of the network"
+        note(f"WARNING: {network} knows {classes} classes and {where} has {most + 1}: {same}")
 
 
 def new_unet(settings: Settings, images: data.Images, config: dict[str, Any]) -> UNet:
@@ -106,7 +112,7 @@ def teacher_settings(settings: Settings) -> Settings:
     own |= {"lambda_diff": 1.0}
     given = {name: getattr(settings, name) for name in sorted(SHAPE)}
     own |= {name: value for name, value in given.items() if value is not None}
-    usual = preset(settings.dataset, settings.prune, settings.arch, settings.fold_steps)
+    usual = preset(settings.dataset, 0.0, settings.arch)
     given = {name: getattr(settings, name) for name in ("ema_warmup", "timesteps", "flip")}
     own |= {name: value for name, value in given.items() if value != usual[name]}  # only others are named
     key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
@@ -209,11 +215,12 @@ def learned(run: Run, teacher: Network, process: Process, loss: Loss, n: int, se
     if find_dtype(precise, run.device) == torch.float16:  # its gradients would need a scaler
         precise = replace(precise, precision="fp32")
 
-    def of_step(net: nn.Module, step: int) -> Tensor:
+    def of_step(net: nn.Module, step: int) -> Iterator[Tensor]:
         batch = next(stream)
-        with autocast(precise, run.device):
-            output = net(batch.x_t, batch.t, batch.cond)
-        return loss(output, batch)
+        for part in batch.parts(precise.accumulate).values():
+            with autocast(precise, run.device):
+                output = net(part.x_t, part.t, part.cond)
+            yield loss(output, part) * (len(part.t) / len(batch.t))
 
     with contextlib.closing(stream):
         return importance.learned_blocks(teacher, n, of_step, run.settings.depth_steps, seed=seed)

@@ -54,14 +54,17 @@ def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
 
 
 def are_gray(folder: Path, names: list[str]) -> bool:
-    """Whether the images are gray: of at most 64, evenly spaced, all that can be read."""
+    """Whether all images that can be read are gray. A few that are evenly spaced are asked first: mostly they tell."""
     from PIL import Image
 
-    modes = set()
-    for name in names[:: math.ceil(len(names) / 64)]:
-        with contextlib.suppress(OSError), Image.open(folder / name) as image:
-            modes.add(image.mode)
-    return bool(modes) and modes <= {"1", "L", "LA", "I", "I;16", "F"}
+    few, known = names[:: math.ceil(len(names) / 64)], False
+    for name in (*few, *names):
+        # decoders raise almost anything; what is wrong with a file is said when it is decoded
+        with contextlib.suppress(Exception), Image.open(folder / name, formats=FORMATS) as image:
+            if image.mode not in ("1", "L", "LA", "I", "I;16", "F"):
+                return False
+            known = True
+    return known
 
 
 def folder_labels(files: list[str]) -> list[int] | None:

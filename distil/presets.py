@@ -150,7 +150,7 @@ PRESETS: list[dict[str, Any]] = [
 # is known, unpruned and from scratch (with --process sfddm --fold-steps 128).
 FOLD = {"lambda_diff": 0.0, "spacing": "leading"}
 FOLD_CIFAR10 = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0.0, "dropout": 0.0, "init": "random",
-                "timesteps": "uniform"}  # fmt: skip
+                "timesteps": "uniform", "clip": 0.0, "flip": False}  # fmt: skip
 
 
 def preset(dataset: str, prune: float, arch: str | None = None, fold_steps: Any = None) -> dict[str, Any]:

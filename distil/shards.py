@@ -5,6 +5,7 @@ the rows stands their checksum, which is looked at when a shard is read for the 
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -45,6 +46,7 @@ class OnTheFly(Rows):
 
     In the place of one that cannot be decoded comes the next of the same label. It is named on stderr, and in the file
     `log` if there is one, from which the count goes on. ValueError: more than 1 % of all turned out to be unreadable.
+    OSError: the disk or the memory failed, which says nothing of an image.
     """
 
     def __init__(
@@ -74,6 +76,10 @@ class OnTheFly(Rows):
             try:
                 return self.decode(self.items[j])
             except Exception as error:  # decoders raise almost anything on broken bytes
+                if isinstance(error, MemoryError):
+                    raise OSError(f"the memory does not suffice for {self.items[j]}") from error
+                if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):  # Pillow's have no number
+                    raise
                 with self.lock:
                     if j not in self.unreadable:  # else another thread was faster
                         self._remember(j, error)
@@ -161,6 +167,19 @@ def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) ->
     return found
 
 
+def allow_files(count: int) -> None:
+    """Lets this process open so many files more, as far as the system allows it: each memory map keeps one."""
+    try:
+        import resource
+    except ImportError:  # Windows does not count them
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class Shards(Rows):
     """An array of `shape` in files of `per_file` rows, memory-mapped; halves become floats. Raises as `open_array`."""
 
@@ -169,6 +188,7 @@ class Shards(Rows):
         sizes = [min(self.per_file, shape[0] - start) for start in range(0, shape[0], self.per_file)]
         self.paths = [shard_file(folder, name, i) for i in range(len(sizes))]
         shapes = [(size, *shape[1:]) for size in sizes]
+        allow_files(len(sizes))
         self.files = [open_array(path, shape, check=False) for path, shape in zip(self.paths, shapes, strict=True)]
         self.unread = set(range(len(sizes)))  # whose checksum has not been looked at
         dtype = self.files[0].dtype

@@ -59,7 +59,8 @@ def load(where: str | os.PathLike) -> Network:
             raise ValueError(f"it is a {kind}, of diffusers only {', '.join(FOREIGN)} can be read")
         weights = _weights(folder)
         if ours is None:
-            net = FOREIGN[kind].of(config, {name: x.to(torch.float32, copy=True) for name, x in weights.items()})
+            copies = {name: weights.pop(name).to(torch.float32, copy=True) for name in [*weights]}  # never all twice
+            net = FOREIGN[kind].of(config, copies)
         else:
             net = build(UNet, ours, ddim_names(weights, len(ours["channel_mults"])))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

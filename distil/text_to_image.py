@@ -30,6 +30,7 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 ARGUMENTS = {  # from our names to diffusers'
     "text": "encoder_hidden_states", "pooled": "pooled_projections", "y": "class_labels",
 }  # fmt: skip
+ENCODED, DECODED = 2**22, 2**20  # pixels that a VAE is given at once, and gives: 64 and 16 images of 256x256
 T5 = ("text_encoder_3", "tokenizer_3")  # in a pipeline of Stable Diffusion 3
 
 
@@ -124,6 +125,8 @@ class TextUNet(Diffusers):
 
     def __init__(self, net: nn.Module):
         super().__init__(net)
+        if more := self.config["addition_embed_type"]:
+            raise ValueError(f"it is told more than a text ({more}), as Stable Diffusion XL is: use one of 1 or 2")
         self.unit = 2 ** (len(self.config["block_out_channels"]) - 1)
         self.widths = {"text": self.config["cross_attention_dim"]}
 
@@ -294,15 +297,18 @@ class Vae:
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
         """Samples of the posterior, scaled: (B, 3, H, W) uint8, noise (B, channels, h, w) -> as noise, on the CPU."""
-        posterior = self.net.encode(images.to(self.net.device).float() / 127.5 - 1).latent_dist
-        sample = posterior.mean + posterior.std * noise.to(self.net.device)
-        return ((sample - self.shift) * self.scaling).cpu()
+        n = max(1, ENCODED // math.prod(images.shape[2:]))
+        samples = []
+        for some, its in zip(images.split(n), noise.split(n), strict=True):
+            posterior = self.net.encode(some.to(self.net.device).float() / 127.5 - 1).latent_dist
+            samples.append(posterior.mean + posterior.std * its.to(self.net.device))
+        return ((torch.cat(samples) - self.shift) * self.scaling).cpu()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float32, about [-1, 1], where the latents (B, channels, h, w) are."""
-        x = latents / self.scaling + self.shift
-        return torch.cat([self.net.decode(part.to(self.net.device)).sample.to(part) for part in x.split(batch)])
+        x, n = latents / self.scaling + self.shift, max(1, DECODED // (math.prod(latents.shape[2:]) * self.factor**2))
+        return torch.cat([self.net.decode(part.to(self.net.device)).sample.to(part) for part in x.split(n)])
 
     def check(self, record: dict[str, Any]) -> None:
         """ValueError unless this VAE is the one of the `record` of latents (see distil/latents.py)."""
@@ -329,8 +335,8 @@ class TextEncoder:
         try:
             index = diffusers.DiffusionPipeline.load_config(str(where))
             kinds = [kind for kind in WRAPPERS.values() if index.get(kind.folder, [0, 0])[1] == kind.source]
-            if not kinds or "text_encoder" not in index:
-                raise ValueError("it is no pipeline of Stable Diffusion")
+            if not kinds or "text_encoder" not in index or (kinds == [TextUNet] and "text_encoder_2" in index):
+                raise ValueError("it is no pipeline of Stable Diffusion 1, 2 or 3")
             self.kind, *_ = kinds
             network = getattr(diffusers, self.kind.source)
             with torch.device("meta"):  # the pipeline only asks it for its settings

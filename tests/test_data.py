@@ -1,6 +1,7 @@
 """The data: image files of many kinds, the cache of decoded images, the digits, small files in the formats of the
 published sets, and the order of batches."""
 
+import errno
 import hashlib
 import io
 import os
@@ -302,6 +303,47 @@ def test_the_substitute_of_an_unreadable_image_has_its_label(monkeypatch):
     assert [images.stand_in(i) for i in range(5)] == [0, 1, 0, 3, 4]
     with pytest.raises(ValueError, match="no image of the label of f"):
         images[5]
+
+
+@pytest.mark.usefixtures("shards_of_2")
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "the disk"), OSError(errno.ESTALE, "gone"), MemoryError()])
+def test_a_disk_that_fails_for_the_moment_is_no_broken_image(failure, folder, read, tmp_path, monkeypatch):
+    whole, decode, left = read(folder, cache=tmp_path / "other").images[:], pictures.decode, [4]
+
+    def failing(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise failure
+        return decode(*args)
+
+    monkeypatch.setattr(pictures, "decode", failing)
+    with pytest.raises(OSError, match=r"the disk|gone|the memory does not suffice"):
+        read(folder)
+    assert len(list(tmp_path.glob("cache/*/images-*.npy"))) == 1 and not list(tmp_path.glob("cache/*/unreadable.json"))
+    np.testing.assert_array_equal(read(folder).images[:], whole)
+
+
+def test_one_image_in_colour_makes_a_folder_one_in_colour_and_odd_files_do_not_matter(tmp_path, read):
+    for i in range(150):
+        picture(mode="L").save(tmp_path / f"{i:03d}.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "151.png")
+    assert read(tmp_path).shape == (1, 8, 8)
+    picture(color=(255, 0, 0)).save(tmp_path / "100.png")
+    found = read(tmp_path)
+    assert found.shape == (3, 8, 8) and found.images[100][:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(shards, "SHARD", 1)
+    rows = np.arange(300, dtype=np.uint8)[:, None]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        shards.write_shards(tmp_path, {"x": ((1,), np.uint8)}, 300, lambda i: {"x": rows[i]}, batch=1, what="rows")
+        np.testing.assert_array_equal(Shards(tmp_path, "x", rows.shape)[:], rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # ---- What lies in folders --------------------------------------------------------------------------------------------

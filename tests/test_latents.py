@@ -1,5 +1,6 @@
 """Images and captions to latents with tiny networks, and the folders of latents that can be read."""
 
+import gzip
 import io
 import json
 import shutil
@@ -14,7 +15,7 @@ import torch
 from conftest import CAPTIONS, FAMILIES, an_image
 from PIL import Image
 
-from distil import data, shards
+from distil import data, shards, text_to_image
 from distil.latents import _adm, encode, main
 from distil.latents import captioned as read_captions
 
@@ -129,6 +130,22 @@ def test_encoding_goes_on_where_it_was_and_may_be_shared(workspace, monkeypatch)
     assert contents("shared") == files
 
 
+def test_a_vae_is_given_as_many_pixels_as_memory_takes(workspace, monkeypatch):
+    vae, sizes = text_to_image.Vae("vae"), []
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    whole = vae.encode(images, noise)
+    shown = vae.decode(whole)
+    for name in ("encode", "decode"):
+        method = getattr(vae.net, name)
+        monkeypatch.setattr(vae.net, name, lambda x, method=method: (sizes.append(len(x)), method(x))[1])
+    monkeypatch.setattr(text_to_image, "ENCODED", 4 * 256)
+    monkeypatch.setattr(text_to_image, "DECODED", 256)
+    torch.testing.assert_close(vae.encode(images, noise), whole)
+    torch.testing.assert_close(vae.decode(whole), shown)
+    assert sizes == [4, 2] + [1] * 6
+
+
 def test_a_full_disk_is_noticed_before_encoding(workspace, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(SystemExit):
@@ -150,6 +167,13 @@ def test_tinyfusions_layout_is_read(workspace):
     np.testing.assert_array_equal(read.images[3], latents.images[order[3]])
     for _ in range(2):
         np.testing.assert_array_equal(data.load("imagenet", "tiny", cache="cache").labels, latents.labels[order])
+    np.save("tiny/imagenet256_labels/9.npy", 1 - latents.labels[9:10])
+    assert data.load("imagenet", "tiny", cache="cache").labels[-1] == 1 - latents.labels[9]  # they are read again
+    for shape in ((1, 4, 8, 8), (4, 8, 8)):
+        np.save("tiny/imagenet256_features/0.npy", np.zeros(shape, np.float32))
+        with pytest.raises(ValueError, match=r"0\.npy has the shape .* not \(2, C, H, W\), an image and its mirror"):
+            data.load("imagenet", "tiny", cache="cache")
+    np.save("tiny/imagenet256_features/0.npy", latents.images[0])
     Path("tiny/imagenet256_labels/3.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"3\.npy is missing"):
         data.load("imagenet", "tiny", cache="other-cache")
@@ -214,6 +238,21 @@ def test_captions_of_every_layout_are_the_same(captioned, layouts):
         for name, other in zip(found.files, both.files, strict=True):
             assert Image.open(found.open(name)).tobytes() == Image.open(both.open(other)).tobytes()
     assert read_captions(layouts / "tars" / "1.tar").captions == CAPTIONS[4:]
+    table, rows = captioned / "metadata.csv", layouts / "jsonl" / "metadata.jsonl"
+    (layouts / "jsonl" / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + table.read_bytes())  # as Excel writes it
+    rows.write_text(rows.read_text() + "\n\n")
+    assert read_captions(layouts / "jsonl").captions == CAPTIONS
+    (layouts / "jsonl" / "metadata.csv").unlink()
+
+
+def test_a_tar_that_cannot_be_read_is_named(layouts):
+    (layouts / "tars" / "2.tar").touch()
+    with pytest.raises(ValueError, match=r"the captions in .*2\.tar cannot be read"):
+        read_captions(layouts / "tars")
+    packed = layouts / "packed.tar"
+    packed.write_bytes(gzip.compress((layouts / "tars" / "0.tar").read_bytes()))
+    with pytest.raises(ValueError, match=r"the captions in .*packed\.tar cannot be read"):
+        read_captions(packed)
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from conftest import a_dit, a_run, a_unet, same, some_latents
 
 import train
-from distil import checks, data, networks, pictures, prepare
+from distil import checks, data, importance, networks, pictures, prepare
 from distil.metrics import parameters
 from distil.networks import smaller, start_of, teacher_settings
 from distil.presets import DEPTH_METHODS
@@ -29,7 +29,7 @@ TEACHERS = {
     "--image-size 16 --channels 32 --teacher-steps 9": "digits16-122ed962",
     "--dataset celeba --prune 0.5 --teacher train": "celeba64-b667e6a1",
     "--dataset latents --data x": "latents-6ea9d9ac",
-    "--dataset cifar10 --prune 0 --fold-steps 125 --kd out --teacher train": "cifar1032-a0897735",
+    "--dataset cifar10 --prune 0 --fold-steps 125 --kd out --teacher train": "cifar1032-be04cb63",
 }
 
 
@@ -45,6 +45,9 @@ def test_a_teacher_is_kept_where_earlier_runs_look_for_it():
         "--device cpu --save-every 9",
     ):
         assert teacher_settings(parse(same_teacher.split())).out == default
+    published = {"dataset": "cifar10", "process": "sfddm", "teacher": "train", "prune": 0.0, "fold_steps": 128}
+    own = teacher_settings(Settings(**published, kd=("out",)))
+    assert (own.clip, own.flip, own.timesteps) == (0.0, False, "uniform")  # as SFDDM's teacher was trained
     for other in ("--seed 1", "--channels 32", "--teacher-steps 9", "--process flow", "--teacher-lr 1", "--clip 2"):
         assert teacher_settings(parse(other.split())).out != default
 
@@ -143,6 +146,31 @@ def test_every_way_to_choose_blocks(method, capsys):
     run = a_run(settings, latents)
     run.checkpoint = {}  # which brings its own weights: nothing is measured again, and nothing is said
     assert len(smaller(run, teacher, DDPM(), None)[0].blocks) == 3 and not capsys.readouterr().out
+
+
+def test_blocks_are_chosen_in_the_parts_that_memory_takes(monkeypatch):
+    sizes, forward = [], importance.GatedDepth.forward
+
+    def watched(self, x_t, *others):
+        sizes.append(len(x_t))
+        return forward(self, x_t, *others)
+
+    monkeypatch.setattr(importance.GatedDepth, "forward", watched)
+    given = {"prune": 0.5, "depth_method": "learned", "depth_steps": 2, "batch_size": 8, "accumulate": 4}
+    smaller(a_run(Settings(dataset="latents", data="x", **given), some_latents()), a_dit(), DDPM(), the_loss)
+    assert sizes == [2] * 8
+
+
+def test_classes_that_may_be_others_are_said_and_such_that_cannot_be_refused(capsys):
+    labels = np.array([0, 1, 2, 2])
+    images = data.Images(np.zeros((4, 1, 8, 8), np.uint8), labels, "folder")
+    networks.check_conditions("the teacher", ("y",), "here", images, 3)
+    assert not capsys.readouterr().err
+    networks.check_conditions("the teacher", ("y",), "here", images, 1000)
+    assert "WARNING: the teacher knows 1000 classes and here has 3" in capsys.readouterr().err
+    for wrong in ([0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match=f"the data has a class {wrong[0] or wrong[1]}"):
+            networks.check_conditions("the teacher", ("y",), "here", images._replace(labels=np.array(wrong)), 3)
 
 
 def test_blocks_may_be_named_and_a_student_given():

@@ -38,7 +38,7 @@ IMAGENET = {
     "guidance": 1.5, "image_size": 256, "teacher": "auto",
 }  # fmt: skip
 FOLD = {"steps": 10_000, "batch_size": 50, "lr": 2e-4, "ema": 0, "init": "random", "sample_steps": 125}
-FOLD |= {"lambda_diff": 0, "lambda_out": 1, "lambda_hidden": 1, "dropout": 0}
+FOLD |= {"lambda_diff": 0, "lambda_out": 1, "lambda_hidden": 1, "dropout": 0, "clip": 0, "flip": False}
 DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff": 1, "lambda_feat": 1e-6, "clip": 1}
 
 

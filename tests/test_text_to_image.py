@@ -477,6 +477,7 @@ def called(net, **cond):
     return net(x, t, {"own": own, "none": None}.get(cond.get("which"), cond))
 
 
+OF_XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 20}
 NULL = {"text": torch.zeros(5, 12), "pooled": torch.zeros(10)}
 
 
@@ -500,6 +501,7 @@ NULL = {"text": torch.zeros(5, 12), "pooled": torch.zeros(10)}
         (lambda p: make(a_unet, {"mid_block_type": None}, p), "absent by the config"),
         (lambda p: make(a_unet, {"layers_per_block": 3}, p), "absent in the weights"),
         (lambda p: make(a_unet, {"cross_attention_dim": 20}, p), r"\(8, 20\) by the config, but \(8, 12\)"),
+        (lambda p: a_unet(**OF_XL), "told more than a text .text_time., as Stable Diffusion XL is: use one of 1 or 2"),
         (lambda p: Vae("nowhere"), "--vae nowhere is neither a folder nor a Hugging Face id such as owner/name"),
         (lambda p: Vae("owner/name"), "--vae owner/name cannot be loaded: "),
         (Vae, "cannot be loaded: it holds no diffusion_pytorch_model"),
