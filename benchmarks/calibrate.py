@@ -26,6 +26,8 @@ WAYS = {"plain": (False, False), "clip": (False, True), "calibrated": (True, Fal
 def study(case: doctor.Case, kinds: Sequence[str], knots: int | None = None) -> list[doctor.Way]:
     """Each student of a case in these `WAYS`, fitted at that many timesteps, by default at those of the sampler."""
     times, ways = case.process.timesteps(knots or len(case.times)), []
+    if any(WAYS[kind][1] for kind in kinds) and not case.clamped.clip_x0:
+        raise ValueError(f"{case.clamped.sampler} steps cannot clamp an image: leave the ways with clip out")
     fitted = case.fit(times) if any(WAYS[kind][0] for kind in kinds) else {}
     for name, student in case.students.items():
         method, _, seed = name.rpartition("-")
@@ -46,10 +48,12 @@ def open_run(run: Path, flags: sample.Flags, n: int = 300) -> doctor.Case:
 
 
 def write(
-    out: Path, run: Path, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor], **more: Any
+    out: Path, run: Path, steps: int, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor], **more: Any
 ) -> None:
-    """OUT/metrics.json in the form of a run's, OUT/samples.png of the first seed's students, and a printed table."""
-    found = {"settings": plain(doctor.run_settings(run)), "machine": machine.describe(), "protocol": protocol, **more}
+    """OUT/metrics.json in the form of a run's, of a sampler of so many steps, OUT/samples.png of the first seed's
+    students, and a printed table."""
+    settings = plain(doctor.run_settings(run)) | {"sample_steps": steps}
+    found = {"settings": settings, "machine": machine.describe(), "protocol": protocol, **more}
     out.mkdir(parents=True, exist_ok=True)
     disk.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
     first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}
@@ -65,23 +69,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=300, help="samples of each network [300]")
     parser.add_argument("--sample-steps", type=int, help="[the run's]")
     parser.add_argument("--knots", type=int, help="timesteps to fit at; others are interpolated [the sampler's]")
-    parser.add_argument("--fit", type=int, default=300, help="held-out images to fit on at most [300]")
+    parser.add_argument(
+        "--fit", type=int, default=300, help="images to fit on at most, held out where there are such [300]"
+    )
     parser.add_argument("--teacher", help="another one to fit to and to compare with [the run's]")
     given = parser.parse_args(argv)
 
     with machine.refusing("calibrate.py"):
         check("OUT", given.out, {"folder": True})
-        for name in ("knots", "fit"):
+        for name, least in {"knots": 1, "fit": 1, "num": 2}.items():
             if (value := getattr(given, name)) is not None:
-                check(f"--{name}", value, {"low": 1})
+                check(f"--{name}", value, {"low": least})
         flags = sample.Flags(num=given.num, sample_steps=given.sample_steps, teacher=given.teacher)
         case = open_run(given.run, flags, given.fit)
-    rows, samples = case.compare(study(case, given.ways, given.knots))
+        ways = study(case, given.ways, given.knots)
+    rows, samples = case.compare(ways)
+    kind = "held-out" if case.held_out else "training"
     protocol = (
         f"{given.num} generated, {len(case.times)} steps, {given.knots or len(case.times)} timesteps fitted on "
-        f"{len(case.x0)} held-out images; clip: the predicted image is clamped to [-1, 1] at every step"
+        f"{len(case.x0)} {kind} images; clip: the predicted image is clamped to [-1, 1] at every step"
     )
-    write(given.out, given.run, protocol, rows, samples)
+    write(given.out, given.run, len(case.times), protocol, rows, samples)
     return 0
 
 

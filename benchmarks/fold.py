@@ -1,6 +1,6 @@
 """The study behind docs/fold.md: students of few steps on the digits, by where a fold ends, x0 clamped or not.
 
-python benchmarks/fold.py        # trains what is missing below runs/fold, writes benchmarks/fold.json
+python benchmarks/fold.py 125 25 10 5        # trains what is missing below runs/fold, writes benchmarks/fold.json
 """
 
 import argparse

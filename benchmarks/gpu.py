@@ -1,6 +1,6 @@
 """What a GPU makes of it, in one unattended command: every speed, then a run at the paper's size.
 
-    python benchmarks/gpu.py                             # about 25 minutes of one H100; benchmarks/DEVICE.json
+    python benchmarks/gpu.py                             # at most 25 minutes (`--minutes`); benchmarks/DEVICE.json
     python benchmarks/gpu.py --minutes 9                 # ends after 9; the same command goes on where it stopped
     python benchmarks/gpu.py --official ../LIFT_PLACE    # beside the authors' code, imported from a clone of it
     python benchmarks/gpu.py --small --device cpu        # tiny networks, few steps: does it run?
@@ -307,7 +307,7 @@ def started(path: Path, about: Row) -> Row:
     result = disk.read_json(path, "remove it, or give another --out")
     keys = [("options",), ("official",), ("machine", "gpu"), ("machine", "torch")]
     for key in keys:
-        was, now = (reduce(dict.__getitem__, key, found) for found in (result, about))
+        was, now = (reduce(lambda found, name: found.get(name, {}), key, found) for found in (result, about))
         if was != now:
             raise ValueError(f"{path} is of another {key[-1]} ({was}, now {now}): give another --out")
     return result

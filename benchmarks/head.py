@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [found[0], *rows[1:], *found[1:]]  # the teacher's stands first, once
         samples |= drawn
     protocol = f"{given.num} generated, {len(case.times)} steps; a head of its own kind in each row, nothing calibrated"
-    calibrate.write(given.out, folder, protocol, rows, samples)
+    calibrate.write(given.out, folder, len(case.times), protocol, rows, samples)
     return 0
 
 

@@ -102,7 +102,7 @@ def study(settings: Settings, ways: Sequence[str], steps: Sequence[int]) -> None
         f"on {len(x0)} held-out images; digits: a classifier with {ruler.accuracy:.1%} of held-out images right"
     )
     found = [row for n in steps for row in first_errors(case._replace(sampler=case.sampler | {"steps": n}))]
-    calibrate.write(HERE / run.name, run, protocol, rows, samples, first_errors=found)
+    calibrate.write(HERE / run.name, run, len(case.times), protocol, rows, samples, first_errors=found)
 
 
 def results() -> dict[tuple[int, float, str, bool], dict[str, Any]]:

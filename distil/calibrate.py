@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distil import disk, machine, teachers
 from distil.process import Process, split
-from models import Network, correct, fingerprint, statistics
+from models import Network, correct, fingerprint, sealed, statistics
 
 FILE = "calibration.safetensors"  # beside the weights of a student
 
@@ -74,7 +74,7 @@ class Calibration(nn.Module):
         """Writes calibration.safetensors into the folder of a saved student."""
         tensors = {"times": self.times, "weights": self.weights}
         with disk.whole(Path(folder) / FILE) as part:
-            part.write_bytes(to_bytes(tensors, metadata={"about": json.dumps(self.about)}))
+            part.write_bytes(to_bytes(tensors, metadata={**sealed(tensors), "about": json.dumps(self.about)}))
 
 
 class Calibrated(Network):
@@ -111,13 +111,16 @@ def load(folder: str | os.PathLike, calibrated: bool = True) -> Network:
         return net
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            calibration = Calibration(file.get_tensor("times"), file.get_tensor("weights"), about)
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("times", "weights")}
+        about, shape = json.loads(metadata["about"]), (len(tensors["times"]), net.shape[0], 5, 2)
+        made_for, seal = about["student"], sealed(tensors)["fingerprint"]
+        if tensors["weights"].shape != shape or metadata.get("fingerprint", seal) != seal:  # older ones have no seal
+            raise ValueError("another shape or checksum")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: fit it again, or leave it out with --no-calibration") from error
-    if about["student"] != fingerprint(net.state_dict().values()):
+    if made_for != fingerprint(net.state_dict().values()):
         raise ValueError(f"{path} was made for other weights: fit it again, or leave it out with --no-calibration")
-    return Calibrated(net, calibration).eval()
+    return Calibrated(net, Calibration(**tensors, about=about)).eval()
 
 
 # ---- The fit ---------------------------------------------------------------------------------------------------------

@@ -51,11 +51,13 @@ class Case(NamedTuple):
     process: Process  # of the students, whose `phi` gives times of the teacher
     clamped: Process  # the same, with an image clamped at every step; where there is no such, without
     x0: Tensor  # (N, C, H, W), images to fit on
+    held_out: bool  # whether nothing was trained on these
     cond: dict[str, Tensor]  # what networks are told of these, (N, ...) each
     real: data.Images  # to compare samples with
     classifier: metrics.DigitClassifier | None  # the ruler of digits; of other images there is none
     count: int  # samples of each network
     sampler: dict[str, Any]  # arguments of `sample.sample`
+    again: str  # flags that any command for these students needs
 
     @property
     def times(self) -> list[float]:
@@ -90,7 +92,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     images: a name of `data.DATASETS`, or a folder. ValueError, OSError: what is missing, or does not fit.
     """
     told = sample.sampler_of([run], flags)
-    job = sample.prepare([run], replace(told, teacher=flags.teacher, no_calibration=True))
+    job = sample.prepare([run], replace(told, process=flags.process, teacher=flags.teacher, no_calibration=True))
     folders, settings, device = sample.find_networks([run]), run_settings(run), machine.find_device(flags.device)
     if settings is None and None in (flags.teacher, images):
         raise ValueError(f"{run} belongs to no run: give --teacher, a network, and --images, a folder or digits")
@@ -102,8 +104,8 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
         dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
         read = partial(data.load, dataset, where, first.shape[1], channels=first.shape[0])
         real, held_out = read(), read("test") if where is None else None
-    given = None if flags.teacher else prepare.open_network("teacher", settings)
-    teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real, given)
+    opened = None if flags.teacher else prepare.open_network("teacher", settings)
+    teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real, opened)
     if teacher is None:
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
     for name, net in {"the teacher": teacher, **students}.items():
@@ -122,8 +124,9 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     cond = {key: known[key].to(device) for key in teacher.conditions}
     folders = {folder.name: folder for folder in folders.values()}
     classifier = metrics.digit_classifier(real.shape[2]) if dataset == "digits" else None
-    return Case(students, folders, teacher, own, process, clamped, x0.to(device), cond, real, classifier, job.count,
-                sampler)  # fmt: skip
+    again = "".join(f" {name} {value}" for name, value in (("--teacher", flags.teacher), ("--images", images)) if value)
+    return Case(students, folders, teacher, own, process, clamped, x0.to(device), held_out is not None, cond, real,
+                classifier, job.count, sampler, again)  # fmt: skip
 
 
 def folded(own: Process, teacher: Network, its: Process, student: Network) -> Process:
@@ -167,7 +170,7 @@ def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> 
         e_s = split(student(x_t, now, cond), x0.shape[1])[0]
         e_t = split(case.teacher(x_t, case.process.phi(now), cond), x0.shape[1])[0]
         parts, total = lift(e_s, e_t), (e_t - e_s).square().mean()
-        share = 1 - parts.fine / total.clamp(min=1e-12)
+        share = (total - parts.fine) / total.clamp(min=1e-12)
         sizes = total, share, parts.b0.abs().mean(), (parts.b1 - 1).abs().mean()
         rows.append([t, *(value.item() for value in sizes)])
     return rows
@@ -178,8 +181,8 @@ def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> 
 REMEDIES = {  # what a student is sampled with, and how a user gets that
     "as it is": "nothing",
     "clamped": "sample it with --clip-x0",
-    "calibrated": "python -m distil.calibrate {run}",
-    "calibrated, clamped": "python -m distil.calibrate {run}, then sample it with --clip-x0",
+    "calibrated": "python -m distil.calibrate {student}",
+    "calibrated, clamped": "python -m distil.calibrate {student}, then sample it with --clip-x0",
 }
 
 
@@ -192,8 +195,9 @@ def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
     return [Way(f"{name}, {remedy}", one, {"method": remedy}, how) for remedy, one, how in ways]
 
 
-def advice(run: Path, distances: dict[str, float], lonely: int) -> str:
-    """One line: the remedy after which samples are nearest to the teacher's, if it is worth the trouble."""
+def advice(student: str, distances: dict[str, float], lonely: int) -> str:
+    """One line: the remedy after which samples are nearest to the teacher's, if it is worth the trouble. student: how a
+    command names it."""
     best, before = min(distances, key=distances.get), distances["as it is"]
     if before <= 1.25 * distances[best]:
         return "advice: nothing; no remedy here brings it much nearer to its teacher"
@@ -201,7 +205,7 @@ def advice(run: Path, distances: dict[str, float], lonely: int) -> str:
     cause = ""
     if lonely:
         cause = "; the cause are norms: train on with train.py --student ... --norm-groups scale, or --head statistics"
-    return f"advice: {REMEDIES[best].format(run=run)}: {gain}{cause}"
+    return f"advice: {REMEDIES[best].format(student=student)}: {gain}{cause}"
 
 
 def parser(program: str, description: str, about: str) -> Parser:
@@ -244,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
         print(f"\n{report.table([teacher, *its])}\n")
-        print(advice(case.folders[name], {row["method"]: row["teacher_mse"] for row in its}, lonely))
+        print(advice(f"{case.folders[name]}{case.again}", {row["method"]: row["teacher_mse"] for row in its}, lonely))
     return 0
 
 

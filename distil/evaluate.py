@@ -171,7 +171,7 @@ def join(runs: Sequence[Path]) -> str:
     """One table over finished runs, how its numbers came about, and a warning where they are not to be compared.
     A row is a method of a run; runs that differ in seeds or methods alone count as one, the others say what differs.
     ValueError for a folder that is not that of a finished run."""
-    found, rows = [], []
+    found, rows, runs = [], [], list({run.resolve(): run for run in runs}.values())
     for run in runs:
         path = run / "metrics.json"
         if run.is_file():
@@ -185,6 +185,9 @@ def join(runs: Sequence[Path]) -> str:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what train.py writes: {type(error).__name__} {error}") from error
     labels, protocols = differences(runs, [settings for _, settings in found]), {}
+    told = {label: {protocol for one, (protocol, _) in zip(labels, found, strict=True) if one == label}
+            for label in labels}  # fmt: skip
+    labels = [label if len(told[label]) == 1 else str(run) for run, label in zip(runs, labels, strict=True)]
     for label, (protocol, _), of_run in zip(labels, found, rows, strict=True):
         protocols.setdefault(protocol, {})[label] = None
         for row in of_run:
@@ -260,6 +263,8 @@ def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None)
             known = ", ".join(data.DATASETS)
             raise ValueError(f"--num needs the real images: --dataset, one of {known}, or --reference FILE.npz")
         job, device = sample.prepare(runs, flags), machine.find_device(flags.device)
+        if flags.clip is not None and not job.prompts:
+            raise ValueError("--clip compares images with their prompts, and these networks read none: leave it out")
         clip = None if flags.clip is None else ClipScore(flags.clip, device)
         if rank == 0 and flags.num is not None:
             extract = extract or metrics.Inception(flags.mode, device)
@@ -281,8 +286,15 @@ def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None)
 def open_reference(flags: Flags, shape: tuple[int, int, int], extract: metrics.Extract) -> metrics.Reference:
     """What images of this shape (C, H, W) are compared with."""
     if flags.reference is not None:
-        return metrics.read_reference(flags.reference, extract)
+        found = metrics.read_reference(flags.reference, extract)
+        theirs, ours = len(found.gaussian[0]), extract(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
+        if theirs != ours:
+            remedy = "give that which was made with these, or another --mode"
+            raise ValueError(f"--reference {flags.reference} is of {theirs} features, and here are {ours}: {remedy}")
+        return found
     real = data.load(flags.dataset, flags.data, image_size=flags.resize or shape[1], channels=shape[0])
+    if real.record is not None:
+        raise ValueError(f"--dataset {flags.dataset} holds latents: name the images behind them, or a --reference")
     return metrics.reference(real, extract, count=flags.real)
 
 

@@ -20,7 +20,6 @@ An extractor is a function with a name: uint8 images (B, C, H, W) -> features (B
 
 import contextlib
 import copy
-import hashlib
 import math
 import pickle
 import zipfile
@@ -105,11 +104,13 @@ class DigitClassifier(nn.Module):
 
 
 def fit_classifier(train: data.Images, test: data.Images, steps: int = 400) -> DigitClassifier:
-    """A classifier of gray images of digits with labels, its accuracy that on `test`. Its seeds are fixed: a ruler must
-    not change with what it measures."""
+    """A classifier of gray images of digits with labels, its accuracy that on `test`. Its seeds are fixed, and it takes
+    one thread: a ruler must not change with what it measures."""
+    threads = torch.get_num_threads()
     images, labels = torch.from_numpy(np.array(train.images)), torch.tensor(train.labels)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(0)
+        torch.set_num_threads(1)
         net = DigitClassifier()
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -121,6 +122,7 @@ def fit_classifier(train: data.Images, test: data.Images, steps: int = 400) -> D
             loss.backward()
             optimizer.step()
             rate.step()
+    torch.set_num_threads(threads)
     net.eval().accuracy = np.mean(net.predict(np.array(test.images)).numpy() == test.labels).item()
     return net
 
@@ -276,21 +278,25 @@ def read_reference(path: str, extract: Extract) -> Reference:
             arrays = {name: file[name] for name in ("mu", "sigma", "arr_0") if name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"--reference {path} cannot be read as an .npz: {error}") from error
-    found, images = None, arrays.get("arr_0")
-    if images is not None:
+    found, images, (mu, sigma) = None, arrays.get("arr_0"), (arrays.get(name) for name in ("mu", "sigma"))
+    of_images = images is not None and images.ndim == 4 and images.dtype == np.uint8 and len(images) > 1
+    of_numbers = mu is not None and sigma is not None and mu.shape + mu.shape == sigma.shape and mu.ndim == 1
+    if not (of_images or of_numbers):
+        wanted = "mu (D,) and sigma (D, D), or two or more images as arr_0 (N, H, W, 3) uint8"
+        raise ValueError(f"--reference {path} must hold {wanted}")
+    if of_images:
         found = features(extract, images.transpose(0, 3, 1, 2), batch=100, label="features of the reference")
-    elif len(arrays) < 2:
-        raise ValueError(f"--reference {path} must hold mu and sigma, or images as arr_0 (N, H, W, 3)")
-    statistics = gaussian(found) if "mu" not in arrays else (torch.tensor(arrays["mu"]), torch.tensor(arrays["sigma"]))
+    statistics = (torch.tensor(mu), torch.tensor(sigma)) if of_numbers else gaussian(found)
     about = f"{Path(path).name} ({'statistics' if found is None else f'{len(found)} images'})"
     return Reference(about, tuple(x.double() for x in statistics), found)
 
 
 def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache: str | Path = data.CACHE) -> Reference:
     """Of N = min(count, all) train images evenly spaced over `real`, features float32 kept in `cache` under a hash of
-    64 of the images among other things: another folder, crop or order is another file."""
+    what they are of."""
     rows = np.linspace(0, len(real.images) - 1, min(count, len(real.images))).round().astype(int)
-    key = hashlib.sha256(real.images[rows[:: math.ceil(len(rows) / 64)]].tobytes()).hexdigest()[:8]
+    some = real.images[rows[:: math.ceil(len(rows) / 64)]]  # not all have a fingerprint
+    key = machine.digest(real.fingerprint.encode(), some.tobytes())[:8]
     size = "x".join(map(str, real.images.shape[1:]))
     path = Path(cache) / f"features-{real.name}-{size}-train-{len(rows)}-{extract.__name__}-{key}.npy"
     if not path.exists():

@@ -43,6 +43,7 @@ class Process:
     latest: float  # the noisiest time
     clean: float  # the time of the clean image, where a sampler ends
     whole_t: bool  # times are integers
+    clip_x0: bool = False  # a sampler clamps the predicted image at every step
 
     def fold(self, steps: int | Sequence[int], end: str = "published") -> "Process":
         """The process of a student of fewer steps, see `DDPM.fold`; ValueError for what cannot be folded."""

@@ -149,6 +149,7 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
         disk.need_room(folder, n * math.prod(shape), f"{n} samples")
         for name, extent in extents.items():
             np.lib.format.open_memmap(folder / name, "w+", np.uint8, extent)
+            disk.reserve(folder / name)
         disk.write_json(folder / "samples.json", record)  # last: without it the files are not looked at
     if world > 1:
         dist.barrier()
@@ -189,7 +190,7 @@ ASKED_FOR = ("vae", "teacher")  # where runs differ in these, `prepare` asks for
 class Flags:
     """How networks are sampled. None: as their runs sampled, else by SAMPLER."""
 
-    num: int | None = option(None, "images of each network; 16, or one for each prompt", int, low=1)
+    num: int | None = option(None, "images of each network; 16, calibrate 300, doctor 64; or one a prompt", int, low=1)
     seed: int = option(0, "of the starting noise", int, **SEED)
     sampler: str | None = option(None, "DDIM or diffusers' PNDM; as the run's", choices=SAMPLERS)
     sample_steps: int | None = option(None, "its steps; as the run's, else 100 or all that there are", int, low=1)
@@ -322,8 +323,10 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     how = {"spacing": flags.spacing, "clip_x0": flags.clip_x0, "sampler": flags.sampler}
     processes = {name: process_of(net, flags.process, **how) for name, net in nets.items()}
     steps = flags.sample_steps or min(100, *(process.steps for process in processes.values()))
-    for process in processes.values():  # these refuse what the process does not have
+    for name, process in processes.items():  # these refuse what the process does not have
         check_sampler(process, steps, flags.eta)
+        if flags.clip_x0 and not process.clip_x0:
+            raise ValueError(f"--clip-x0 is of DDPM, and {name} is sampled by {process.sampler} steps: leave it out")
 
     def told(rows: list[int]) -> dict[str, Tensor]:
         return text.encode([prompts[i] for i in rows])

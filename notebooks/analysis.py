@@ -187,13 +187,10 @@ def finished(settings: Settings) -> dict[str, Any]:
 
     Raises:
         ValueError, OSError: of `prepare`, what is wrong with the settings.
-        KeyboardInterrupt: the run was interrupted; it is saved, and the same call goes on.
+        SystemExit: the run was interrupted; it is saved, and the same call goes on.
     """
     with contextlib.redirect_stdout(None):
-        found = train.distil(prepare(settings))
-    if found is None:
-        raise KeyboardInterrupt(f"{settings.out}: stopped and saved; the same call goes on")
-    return found
+        return train.distil(prepare(settings))
 
 
 def committed(name: str) -> dict[str, Any]:

@@ -199,9 +199,20 @@ def test_a_calibration_of_other_weights_is_refused(tmp_path):
     a_unet(2).save(tmp_path)
     with pytest.raises(ValueError, match="made for other weights: fit it again, or"):
         calibrate.load(tmp_path)
-    (tmp_path / FILE).write_bytes(b"1234")
-    with pytest.raises(ValueError, match="is damaged: fit it again, or"):
-        calibrate.load(tmp_path)
+    a_unet().save(tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    wide = fit_calibration(a_unet(0, 3), a_unet(1, 3), DDPM(), images(channels=3), TIMES, draws=1)
+    wide.about["student"] = json.loads(safe_open(tmp_path / FILE, "pt").metadata()["about"])["student"]
+    nameless = fit_calibration(student, a_unet(1), DDPM(), images(), TIMES, draws=1)
+    nameless.about.clear()
+    contents = [b"1234", whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]]
+    for odd in (wide, nameless):
+        odd.save(tmp_path)
+        contents.append((tmp_path / FILE).read_bytes())
+    for content in contents:
+        (tmp_path / FILE).write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged: fit it again, or"):
+            calibrate.load(tmp_path)
     assert type(calibrate.load(tmp_path, calibrated=False)) is UNet
 
 

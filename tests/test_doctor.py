@@ -41,7 +41,8 @@ def test_a_student_that_is_a_line_off_is_to_be_calibrated(capsys):
     shares = [float(line.split("|")[3]) for line in out.splitlines() if re.match(r"\| \d+ ", line)]
     assert len(shares) == 4 and min(shares) > 0.99
     said = out.splitlines()[-1]
-    assert said.startswith("advice: python -m distil.calibrate student") and "the cause" not in said
+    command = "python -m distil.calibrate student --teacher teacher --images images"
+    assert said.startswith(f"advice: {command}: ") and "the cause" not in said
     before, after = map(float, re.search(r"falls from (\S+) to (\S+)", said).groups())
     assert after < 0.2 * before
     assert not list(Path("student").glob("calibration*"))
@@ -54,6 +55,17 @@ def test_a_student_that_is_its_teacher_needs_nothing(capsys):
     out = asked(capsys, "student")
     assert f"{len(net.norms())} of {len(net.norms())} norms have one channel a group" in out
     assert out.splitlines()[-1] == "advice: nothing; no remedy here brings it much nearer to its teacher"
+    assert [line.split("|")[3].strip() for line in out.splitlines() if re.match(r"\| \d+ ", line)] == ["0.000"] * 4
+
+
+def test_a_flow_of_no_run_says_its_process_itself(capsys):
+    for name in ("teacher", "student"):
+        net = a_unet()
+        net.process = {"name": "flow"}
+        net.save(name)
+    assert "advice: nothing" in asked(capsys, "student")
+    words = refused(doctor.main, ["student", "--teacher", "teacher", "--images", "images", "--process", "sd"], capsys)
+    assert "student was trained for the process flow" in words
 
 
 def test_a_student_that_pndm_samples_stands_beside_a_teacher_that_it_samples():
@@ -71,12 +83,10 @@ def test_a_student_that_pndm_samples_stands_beside_a_teacher_that_it_samples():
 
 
 def test_norms_of_one_channel_a_group_are_named_as_the_cause():
-    said = doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5, "calibrated": 0.1}, lonely=3)
+    said = doctor.advice("it", {"as it is": 4.0, "clamped": 0.5, "calibrated": 0.1}, lonely=3)
     assert said.startswith("advice: python -m distil.calibrate it: ") and "falls from 4 to 0.1" in said
     assert "--norm-groups scale, or --head statistics" in said
-    assert doctor.advice(Path("it"), {"as it is": 4.0, "clamped": 0.5}, 0).startswith(
-        "advice: sample it with --clip-x0"
-    )
+    assert doctor.advice("it", {"as it is": 4.0, "clamped": 0.5}, 0).startswith("advice: sample it with --clip-x0")
 
 
 def test_the_sampler_multiplies_the_first_error():

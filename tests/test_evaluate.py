@@ -129,7 +129,8 @@ def test_command_line_joins_runs(tmp_path, capsys):
     assert cells(out)["place (n=3)"][0] == "4.00 ± 2.00" and out.count("| teacher ") == 1
     assert out.count("as usual") == 1 and "WARNING" not in out
 
-    assert evaluate.main([one, two, one]) == 0
+    again = write_run(tmp_path / "again", a_metrics())
+    assert evaluate.main([one, two, again, f"{one}/"]) == 0  # a run that is named twice counts once
     out = capsys.readouterr().out
     assert cells(out)["place (n=6)"][0] == "inf" and "| run " not in out
     assert out.endswith("WARNING: place with seed 0 counts 2 times; place with seed 1 counts 2 times\n")
@@ -158,6 +159,12 @@ def test_runs_that_differ_stand_in_rows_of_their_own_with_shares_of_their_own_te
         ("teacher", "norm_groups scale", "100.00"), ("place (n=2)", "norm_groups scale", "50.00"),
     ]  # fmt: skip
     assert "norm_groups keep: as usual\nnorm_groups scale: in 10 steps\nWARNING: not the same protocol" in notes
+
+    faster = write_run(tmp_path / "faster", a_metrics() | {"protocol": "in 10 steps"})
+    assert evaluate.main([one, faster]) == 0
+    table, _, notes = capsys.readouterr().out.partition("\n\n")
+    assert [row.split("|")[2].strip() for row in table.splitlines()[2:]][-2:] == [one, faster]
+    assert f"{one}: as usual\n{faster}: in 10 steps\nWARNING" in notes
 
     many = dict.fromkeys(("lr", "steps", "clip"), 2)
     both = [
@@ -268,6 +275,8 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
         (["net", "--num", "50", "--dataset", "digits", "--eta", "2"], "--eta 2.0"),
         (["net", "--num", "50", "--dataset", "digits", "--data", "x"], "digits are embedded"),
         (["net", "--num", "50", "--dataset", "digits", "--process", "flow", "--eta", "1"], "eta must be 0, got 1.0"),
+        (["net", "--num", "50", "--dataset", "digits", "--clip", "m"], "--clip compares images with their prompts"),
+        (["net", "--num", "50", "--reference", "wide.npz"], "--reference wide.npz is of 99 features, and here are "),
         (["net", "--num", "50", "--dataset", "digits", "--mode", "new"], "--mode new is not known"),
         (["nowhere", "--num", "50", "--dataset", "digits"], "nowhere is not a saved network"),
         (["net", "--prompts", "p.txt"], "--prompts needs --num or --clip"),
@@ -285,6 +294,7 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
 def test_bad_input_is_one_sentence(arguments, words, pipelines, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a_unet().save("net")
+    np.savez("wide.npz", mu=np.zeros(99), sigma=np.eye(99))
     if arguments[0] == "bad":
         arguments = [write_run("good", a_metrics()), write_run("bad", arguments[1])]
     with pytest.raises(SystemExit) as stopped:

@@ -277,12 +277,15 @@ def test_a_published_reference_is_read(tmp_path, digits):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "half.npz", mu=mu.numpy())
     np.savez(tmp_path / "trap.npz", mu=np.array([Trap(tmp_path / "touched")]), sigma=sigma.numpy())
-    for name, words in {
-        "text": "as an .npz",
-        "half": "must hold mu and sigma",
-        "trap": "as an .npz",
-        "no": "as an .npz",
-    }.items():
+    refusals = {"text": "as an .npz", "half": "must hold mu", "trap": "as an .npz", "no": "as an .npz"}
+    halves = (
+        {"mu": mu.numpy(), "arr_0": arrays["arr_0"].astype(np.float32) / 255},
+        {"mu": mu.numpy(), "sigma": mu.numpy()},
+    )
+    for i, content in enumerate((*halves, {"arr_0": arrays["arr_0"][:1]})):
+        np.savez(tmp_path / f"half{i}.npz", **content)
+        refusals[f"half{i}"] = "must hold mu"
+    for name, words in refusals.items():
         with pytest.raises(ValueError, match=rf"--reference .*{name}.npz .*{words}"):
             metrics.read_reference(str(tmp_path / f"{name}.npz"), means)
     assert not (tmp_path / "touched").exists()

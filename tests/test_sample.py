@@ -206,6 +206,8 @@ def test_samples_of_other_settings_are_refused_and_left_alone():
     assert Path("samples/samples.npy").read_bytes() == before
     with pytest.raises(OSError, match="GB"):
         sample.open_samples("huge", net, 10**12, (3, 256, 256))
+    sample.open_samples("room", net, 1000, (3, 16, 16))
+    assert Path("room/samples.npy").stat().st_blocks * 512 >= 1000 * 3 * 256  # it is taken, not promised
 
 
 def test_samples_that_were_cut_off_are_refused(tmp_path):
@@ -330,6 +332,8 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
         (["net", "--sampler", "pndm", "--sample-steps", "1"], "PNDM takes a number of 2 to 999 steps, got 1"),
         (["net", "--sampler", "pndm", "--sample-steps", "1000"], "PNDM takes a number of 2 to 999 steps, got 1000"),
         (["flow", "--process", "ddpm"], "flow was trained for the process flow: use --process flow"),
+        (["flow", "--clip-x0"], "--clip-x0 is of DDPM, and flow is sampled by Euler steps: leave it out"),
+        (["net", "--sampler", "pndm", "--clip-x0"], "eta 0 and no clip_x0"),
         (["latents"], "these networks make latents of 4 channels: name the VAE with --vae"),
         (["net", "--prompts", "empty.txt"], "--prompts is for networks that read text"),
         (["{sd}"], "give --prompts FILE, with a prompt a line"),
