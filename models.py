@@ -50,6 +50,7 @@ class Network(nn.Module):
     last_layer: str = "conv_out"  # whose outputs are never pruned
     pruning: str = "channels"  # what makes it smaller: "channels", "blocks" or "stages"
     blocks: Sequence[nn.Module]  # equal parts, of which some may be left out; () without
+    width: int | None = None  # of a token, where it has blocks
     kept: list[int] | None = None  # of a network that `prune_depth` made: which blocks of the other one these are
     source: str | None = None  # its class, if it is a network of diffusers
 
@@ -109,7 +110,8 @@ class Network(nn.Module):
 
     def feature_layers(self, other: "Network | None" = None) -> list[str]:
         """Names of the layers whose outputs feature distillation compares, where `other` is the other network."""
-        raise NotImplementedError
+        names = {module: name for name, module in self.named_modules()}
+        return [names[block] for block in self.blocks]
 
     def feature(self, output: Any) -> Tensor:
         """The feature in what such a layer returns."""
@@ -117,6 +119,8 @@ class Network(nn.Module):
 
     def feature_channels(self, names: list[str]) -> list[int]:
         """Channels of the features of these layers: those of the last convolution in each, or of the layer itself."""
+        if self.pruning == "blocks":
+            return [self.width] * len(names)
         layers = [self.get_submodule(name) for name in names]
         convs = [[module for module in layer.modules() if isinstance(module, nn.Conv2d)] for layer in layers]
         return [[layer, *inside][-1].weight.shape[0] for layer, inside in zip(layers, convs, strict=True)]
@@ -288,28 +292,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Downsample(nn.Module):
-    """Halves H and W; pads below and to the right only, as ddim does: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles H and W, nearest neighbour, then a convolution: (B, C, H, W) -> (B, C, 2 H, 2 W)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class UNet(Network):
     """The ddim U-Net: `net(x_t, t) -> prediction`, (B, in_channels, H, W), (B,) -> (B, out_channels, H, W).
 
@@ -368,7 +350,8 @@ class UNet(Network):
             self.down.append(level(i, [before, *[width] * (num_res_blocks - 1)]))
             skips += [width] * num_res_blocks
             if i < self.levels - 1:
-                self.down[i].downsample = Downsample(width)
+                self.down[i].downsample = nn.Module()
+                self.down[i].downsample.conv = nn.Conv2d(width, width, 3, stride=2)
                 skips.append(width)
 
         self.mid = nn.Module()
@@ -381,7 +364,8 @@ class UNet(Network):
             before, width = width, channels * channel_mults[i]
             self.up.insert(0, level(i, [w + skips.pop() for w in [before, *[width] * num_res_blocks]]))
             if i > 0:
-                self.up[0].upsample = Upsample(width)  # up[i] works at the resolution of down[i]
+                self.up[0].upsample = nn.Module()  # up[i] works at the resolution of down[i]
+                self.up[0].upsample.conv = nn.Conv2d(width, width, 3, padding=1)
         self.norm_out = nn.GroupNorm(1, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self.set_norm_groups(norm_groups)
@@ -455,7 +439,7 @@ class UNet(Network):
                 h = level.attn[j](h) if level.attn else h
                 skips.append(h)
             if i < len(self.down) - 1:
-                h = level.downsample(h)  # H, W halve
+                h = level.downsample.conv(F.pad(h, (0, 1, 0, 1)))  # H, W halve; below and to the right, as ddim pads
                 skips.append(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
         for i, level in reversed(list(enumerate(self.up))):
@@ -463,7 +447,7 @@ class UNet(Network):
                 h = block(torch.cat([h, skips.pop()], dim=1), temb)
                 h = level.attn[j](h) if level.attn else h
             if i > 0:
-                h = level.upsample(h)  # H, W double
+                h = level.upsample.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))  # H, W double
         output = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_channels, H, W)
         return output if self.head is None else self.head(x_t, t, output)
 
@@ -572,7 +556,7 @@ class DiT(Network):
             raise ValueError(f"a DiT needs {wants}, not {input_size}, {patch_size}, {hidden_size}, {num_heads}")
         self.shape, self.conditions = (in_channels, input_size, input_size), ("y",)
         self.num_classes, self.predicts_variance = num_classes, learn_sigma
-        self.condition_dropout = class_dropout_prob
+        self.condition_dropout, self.width = class_dropout_prob, hidden_size
         self.guided_channels = min(3, in_channels)  # the published sampler guides three of the four latent channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.x_embedder = nn.Module()
@@ -641,12 +625,6 @@ class DiT(Network):
         for new, old in enumerate(keep):
             state |= {f"blocks.{new}.{name}": tensor for name, tensor in self.blocks[old].state_dict().items()}
         return self.like({**self.config, "depth": len(keep)}, state)
-
-    def feature_layers(self, other: Network | None = None) -> list[str]:
-        return [f"blocks.{i}" for i in range(len(self.blocks))]
-
-    def feature_channels(self, names: list[str]) -> list[int]:
-        return [self.config["hidden_size"]] * len(names)
 
     def attention_macs(self) -> int:
         return len(self.blocks) * 2 * self.pos_embed.shape[1] ** 2 * self.config["hidden_size"]

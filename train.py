@@ -68,11 +68,6 @@ class Method(NamedTuple):
     adapt: bool  # FitNet: where channels were pruned, the student's features pass adapters
     learns_weight: bool  # w of LIFT and PLACE is a parameter
 
-    @property
-    def weighed(self) -> bool:
-        """Whether its loss has a w: it is LIFT or PLACE."""
-        return self.output is self.watch
-
 
 def resolve(settings: Settings, name: str) -> Method:
     """The method that --kd calls `name`, with the constants of these settings."""
@@ -88,12 +83,14 @@ def resolve(settings: Settings, name: str) -> Method:
     def absolute(a: Tensor, b: Tensor, elements: int) -> Tensor:  # (B, ...) each -> (), as if of so many elements
         return l1_loss(a.float(), b.float()) * (elements if total else 1)
 
-    def lines(loss: Callable[..., Distillation], more: Callable[[int], dict[str, Any]]) -> Distance:
-        def distance(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
-            parts = loss(student, teacher, weight=w, **constants, **more(at))
-            return parts.loss, parts
+    def lift(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
+        parts = fast_loss.lift(student, teacher, per=settings.lift_per, weight=w, **constants)
+        return parts.loss, parts
 
-        return distance
+    def place(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
+        k = settings.group_size >> at * (settings.halve_group_size + 1) // settings.steps  # halved after equal parts
+        parts = fast_loss.place(student, teacher, group_size=k, weight=w, **constants)
+        return parts.loss, parts
 
     def features(student: list[Tensor], teacher: list[Tensor], elements: int) -> Tensor:
         if folded:  # SFDDM weighs the means of the output and of the last feature alike
@@ -104,13 +101,7 @@ def resolve(settings: Settings, name: str) -> Method:
         stages = 0 if folded else settings.feat_stages
         return lambda_feat * (1 - at * stages // settings.steps / max(stages - 1, 1) if stages else 1.0)
 
-    def group(at: int) -> dict[str, Any]:  # halved after equal parts of the run
-        return {"group_size": settings.group_size >> at * (settings.halve_group_size + 1) // settings.steps}
-
-    by_lines = {
-        "lift": lines(fast_loss.lift, lambda at: {"per": settings.lift_per}),
-        "place": lines(fast_loss.place, group),
-    }
+    by_lines = {"lift": lift, "place": place}
     distances: dict[str | None, Distance | None] = by_lines | {
         None: None,
         "squared": lambda student, teacher, *_: (squared(student, teacher), None),
@@ -238,7 +229,7 @@ def weights(
     if settings.schedule == "learned":
         return [student.learned_weight for student in students]
     w, n = schedule(settings.schedule, at, settings.steps), sum(len(part.t) for part in parts.values())
-    weighed = [i for i, student in enumerate(students) if student.kd.weighed]
+    weighed = [i for i, student in enumerate(students) if student.kd.output is student.kd.watch]  # LIFT, PLACE
     if w is not None or not weighed or (len(parts) == 1 and rank_and_world()[1] == 1):
         return [w] * len(students)
     if len(parts) == 1:
@@ -405,9 +396,8 @@ def restore(student: Student, checkpoint: dict[str, Any], path: Path) -> None:
         if not all(tensor.isfinite().all() for part in ("module", "ema") for tensor in state[part].values()):
             raise ValueError("weights are not finite")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         remedy = "put a good copy there, or remove it, and the run starts from step 0"
-        raise disk.Damaged(f"{path} holds no state of {student.name} ({reason}): {remedy}") from error
+        raise disk.Damaged(f"{path} holds no state of {student.name} ({machine.sentence(error)}): {remedy}") from error
 
 
 def resume(

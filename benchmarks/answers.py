@@ -44,17 +44,12 @@ def measure(b: Any, sections: dict[str, Section], result: Row, path: Path) -> bo
         try:
             found["rows"].extend(section(b))
         except Exception as error:
-            found["error"] = sentence(error)
+            found["error"] = machine.sentence(error)
         result["sections"][name] = found
         result["seconds"] = round(result.get("seconds", 0) + time.perf_counter() - began)
         print(f"\n{shown(name, found)}", flush=True)
         disk.write_json(path, result, indent=1)  # after every section: a run may be cut short
     return not any("error" in section for section in result["sections"].values())
-
-
-def sentence(error: Exception) -> str:
-    """An error in one line; in JSON it stands in the place of numbers."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def saved(path: Path) -> str:

@@ -101,7 +101,7 @@ def timed(b: Setup, cases: Cases) -> Iterable[Row]:
             if b.gpu:
                 rows[name]["peak_GiB"] = bench.peak_bytes(case, b.device) / 2**30
         except Exception as error:
-            rows[name]["error"] = answers.sentence(error)
+            rows[name]["error"] = machine.sentence(error)
             del cases[name]
     took = b.medians(cases) if cases else {}
     for name, s in took.items():

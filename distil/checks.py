@@ -12,7 +12,6 @@ import torch.distributed as dist
 import models
 from distil import data, disk, text_to_image
 from distil.command import flag
-from distil.fast_loss import place
 from distil.importance import groups_of
 from distil.machine import note, rank_and_world
 from distil.networks import kept_blocks, new_network, regrouped, teacher_settings
@@ -69,15 +68,11 @@ def check_images(settings: Settings, images: data.Images) -> None:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
         raise ValueError(f"{settings.data} holds {n} images, too few to compare samples with: {remedy}")
     check_clip(settings.clip_x0, latents=images.record is not None)
-    probe = torch.zeros(1, *images.shape)  # (1, C, H, W)
-    try:
-        place(probe, probe, group_size=settings.group_size)
-    except ValueError as error:
-        size = "x".join(map(str, images.shape[1:]))
-        n = images.shape[1] * images.shape[2]
+    _, height, width = images.shape
+    if (n := height * width) % settings.group_size:
         fits = ", ".join(str(k) for k in range(2, 65) if n % k == 0) or "none"
         remedy = f"give another --image-size, a multiple of 4 for groups of 16, or a --group-size that does: {fits}"
-        raise ValueError(f"--group-size {settings.group_size} does not cut {size} pixels: {remedy}") from error
+        raise ValueError(f"--group-size {settings.group_size} does not cut {height}x{width} pixels: {remedy}")
 
 
 def check_students(settings: Settings, images: data.Images, teacher: Network | None, student: Network | None) -> None:
@@ -88,6 +83,9 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
     if lonely := models.lonely_norms(source):
         remedy = "train one with fewer, --teacher-norm-groups" if teacher is None else "prefer one with fewer groups"
         note(f"WARNING: {lonely} norms of the teacher have one channel a group and erase its mean and scale: {remedy}")
+    if source.num_classes is not None and (n := int(images.labels.max()) + 1) < source.num_classes:
+        same = "class i of the data, in the order of its folders, is taken for class i of the teacher"
+        note(f"WARNING: the teacher knows {source.num_classes} classes and the data has {n}: {same}")
     if source.pruning == "stages" and settings.student is None:
         raise ValueError(f"--arch {settings.arch} needs --student: {', '.join(SD_STUDENTS)}, or a folder")
     if source.pruning == "stages" and student is None:

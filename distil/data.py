@@ -339,9 +339,8 @@ def _download(file: Path, fetch: Callable, needed: str) -> None:
             fetch(root=folder)
             (Path(folder) / file.name).replace(file)
     except Exception as error:  # network libraries raise almost anything, and a user can do the same about all of it
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         remedy = f"Fetch {needed} and put it into {file.parent}, or into any folder and name that with --data"
-        raise OSError(f"{file.name} cannot be downloaded ({reason}). {remedy}") from error
+        raise OSError(f"{file.name} cannot be downloaded ({machine.sentence(error)}). {remedy}") from error
 
 
 @lru_cache  # a process may open an lmdb only once

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, teachers
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     (teacher, *rows), _ = case.compare(way for of_one in ways.values() for way in of_one)
     for name, net in case.students.items():
         its, rows = rows[: len(ways[name])], rows[len(ways[name]) :]
-        lonely, norms = lonely_norms(net), sum(isinstance(layer, nn.GroupNorm) for layer in net.modules())
+        lonely, norms = lonely_norms(net), len(net.norms())
         found = [
             [f"{t:.0f}", *(f"{value:.3f}" for value in sizes)]
             for t, *sizes in lines(net, case, times[:: max(1, len(times) // 6)])

@@ -246,13 +246,6 @@ class Flags(sample.Flags):
     clip: str | None = option(None, "CLIP model for the CLIP score of --prompts, as openai/clip-vit-large-patch14")
 
 
-def with_protocol(flags: Flags) -> Flags:
-    """The flags with what was not given filled in, by --protocol and then by IMAGES."""
-    published = {"precision": "fp32", **PROTOCOLS[flags.protocol]} if flags.protocol else {}
-    filled = {name: value for name, value in {**IMAGES, **published}.items() if getattr(flags, name) is None}
-    return replace(flags, **filled)
-
-
 def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None) -> None:
     """Samples the networks, on all processes; on rank 0 compares them with the real images and prints the table."""
     rank, out = machine.rank_and_world()[0], Path(flags.out)
@@ -334,7 +327,8 @@ def main(argv: list[str] | None = None, extract: metrics.Extract | None = None) 
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or with --num of a network")
     parser.add_options(Flags)
     told, given = parser.read(argv, Flags, "runs")
-    flags = with_protocol(told)
+    published = {"precision": "fp32", **PROTOCOLS[told.protocol]} if told.protocol else {}
+    flags = replace(told, **{k: v for k, v in {**IMAGES, **published}.items() if getattr(told, k) is None})
     if flags.num is None and flags.prompts is None:
         with machine.refusing("distil.evaluate"):
             for item in fields(told):

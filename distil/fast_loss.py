@@ -6,6 +6,7 @@ is kept; and elements are sorted as integers. What they return cannot be differe
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,50 +14,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import lift_place
-from lift_place import Distillation, Weight
+from lift_place import Distillation
 
 RADIX = 2**15  # from this many integers on torch sorts one row by radix on a CPU
 
 
-def place(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    group_size: int = 16,
-    norm: str = "l1",
-    reduction: str = "mean",
-    eps: float = 1e-7,
-    ridge: float = 1.0,
-    weight: Weight = None,
-) -> Distillation:
-    """`lift_place.place`: the same arguments, values, gradients and errors."""
-    if reduction == "none":  # of no use in training here, so there is no fast way
-        options = {"norm": norm, "reduction": reduction, "eps": eps, "ridge": ridge, "weight": weight}
-        return lift_place.place(student, teacher, group_size=group_size, **options)
-    student, teacher = lift_place.flatten(student, teacher, norm, reduction)  # (B, C, N)
-    lift_place.check_group_size(group_size, student.shape[-1])
-    order = _order((teacher - student).detach())  # (B, C, N)
-    return _fit(student, teacher, order, group_size, norm, reduction, eps, ridge, weight)
+@wraps(lift_place.place)
+def place(student: Tensor, teacher: Tensor, **options: Any) -> Distillation:
+    options = lift_place.place.__kwdefaults__ | options
+    if options["reduction"] == "none":  # of no use in training here, so there is no fast way
+        return lift_place.place(student, teacher, **options)
+    student, teacher = lift_place.flatten(student, teacher, options["norm"], options["reduction"])  # (B, C, N)
+    n = options.pop("group_size")
+    lift_place.check_group_size(n, student.shape[-1])
+    return _fit(student, teacher, _order((teacher - student).detach()), n, **options)
 
 
-def lift(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    per: str = "channel",
-    norm: str = "l1",
-    reduction: str = "mean",
-    eps: float = 1e-7,
-    ridge: float = 1.0,
-    weight: Weight = None,
-    coarse_weight: float = 1.0,
-) -> Distillation:
-    """`lift_place.lift`: the same arguments, values, gradients and errors."""
-    if reduction == "none":
-        options = {"norm": norm, "reduction": reduction, "eps": eps, "ridge": ridge, "weight": weight}
-        return lift_place.lift(student, teacher, per=per, coarse_weight=coarse_weight, **options)
-    student, teacher = lift_place.flatten(student, teacher, norm, reduction, per)  # (B, C, N)
-    return _fit(student, teacher, None, student.shape[-1], norm, reduction, eps, ridge, weight, coarse_weight)
+@wraps(lift_place.lift)
+def lift(student: Tensor, teacher: Tensor, **options: Any) -> Distillation:
+    options = lift_place.lift.__kwdefaults__ | options
+    if options["reduction"] == "none":
+        return lift_place.lift(student, teacher, **options)
+    student, teacher = lift_place.flatten(student, teacher, options["norm"], options["reduction"], options.pop("per"))
+    return _fit(student, teacher, None, student.shape[-1], **options)
 
 
 def _order(error: Tensor) -> Tensor:

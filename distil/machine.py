@@ -139,10 +139,7 @@ def hash_seed(*numbers: int) -> int:
 
 def digest(*parts: bytes) -> str:
     """16 hexadecimal digits that change with the parts."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 # ---- Words to the user -----------------------------------------------------------------------------------------------
@@ -175,6 +172,11 @@ def progress_bar(*iterable: Any, **options: Any) -> tqdm:
 def note(text: str) -> None:
     """A line on stderr that leaves progress bars whole."""
     tqdm.write(text, sys.stderr)
+
+
+def sentence(error: BaseException) -> str:
+    """The kind of an error and its message, in one line of at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 REFUSED = (ValueError, OSError, ImportError)  # what a wrong flag or file causes

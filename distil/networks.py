@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import models
 from distil import data, importance, text_to_image
 from distil.batches import Batch, batches
-from distil.machine import hash_seed, note, on_device, say
+from distil.machine import digest, hash_seed, note, on_device, say
 from distil.presets import SHAPE, preset
 from distil.process import Process
 from distil.settings import FREE, Settings
@@ -51,15 +50,10 @@ def check_conditions(
     if "text" in conditions and images.no_condition is None:
         remedy = "make its latents with python -m distil.latents --text PIPELINE"
         raise ValueError(f"{network} needs captions, and {where} has none: {remedy}")
-    if classes is None:
-        return
-    least, most = images.labels.min(), images.labels.max()
-    if not 0 <= least <= most < classes:
-        known = f"the classes 0 to {classes - 1}, but the data has a class {least if least < 0 else most}"
+    if classes is not None and not 0 <= images.labels.min() <= images.labels.max() < classes:
+        odd = images.labels.min() if images.labels.min() < 0 else images.labels.max()
+        known = f"the classes 0 to {classes - 1}, but the data has a class {odd}"
         raise ValueError(f"{network} knows {known}: use a network made for such")
-    if most + 1 < classes:
-        same = "class i of the data, in the order of its folders, is taken for class i of the network"
-        note(f"WARNING: {network} knows {classes} classes and {where} has {most + 1}: {same}")
 
 
 def new_unet(settings: Settings, images: data.Images, config: dict[str, Any]) -> UNet:
@@ -68,8 +62,8 @@ def new_unet(settings: Settings, images: data.Images, config: dict[str, Any]) ->
 
 
 def new_dit(settings: Settings, images: data.Images, config: dict[str, Any]) -> DiT:
-    check_conditions("--arch dit", ("y",), settings.data, images)
     channels, size, _ = images.shape
+    check_conditions("--arch dit", ("y",), settings.data, images)
     classes = 1000 if settings.dataset == "imagenet" else int(images.labels.max()) + 1
     config = {"num_classes": classes, "learn_sigma": not settings.is_flow, **config}
     return DiT(size, in_channels=channels, hidden_size=settings.channels, **config)
@@ -115,7 +109,7 @@ def teacher_settings(settings: Settings) -> Settings:
     usual = preset(settings.dataset, 0.0, settings.arch)
     given = {name: getattr(settings, name) for name in ("ema_warmup", "timesteps", "flip")}
     own |= {name: value for name, value in given.items() if value != usual[name]}  # only others are named
-    key = hashlib.sha256(json.dumps([own, network_config(settings)]).encode()).hexdigest()[:8]
+    key = digest(json.dumps([own, network_config(settings)]).encode())[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
 

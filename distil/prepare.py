@@ -17,7 +17,7 @@ from distil.checks import check_images, check_machine, check_out, check_steps, c
 from distil.command import flag
 from distil.earlier import read_checkpoint, read_metrics
 from distil.machine import digest, find_device, rank_0_first
-from distil.networks import NEW, SMALLER, Run, check_conditions, headed, new_network, teacher_settings
+from distil.networks import SMALLER, Run, check_conditions, headed, new_network, teacher_settings
 from distil.presets import ARCHS, SD_STUDENTS, SHAPE, SIZES
 from distil.process import check_guidance, check_name
 from distil.settings import Settings, plain
@@ -109,7 +109,7 @@ def open_network(name: str, settings: Settings) -> Opened | None:
     ValueError, OSError: it is not there, or cannot be read.
     """
     where = getattr(settings, name)
-    if where in ("auto", "train") and settings.arch not in NEW:
+    if where in ("auto", "train") and ARCHS[settings.arch].text:
         raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
     made = SD_STUDENTS if name == "student" and ARCHS[settings.arch].pruning == "stages" else ()
     if where is None or where == "train" or where in made:
@@ -119,7 +119,9 @@ def open_network(name: str, settings: Settings) -> Opened | None:
         channels = 3 if first is None else first.shape[1]
         return Opened(lambda images: load_checkpoint(new_network(settings, images), where), channels)
     if Path(where).suffix in FILES:
-        raise FileNotFoundError(f"{flag(name)} {where}: there is no such file{fetch_it(name, settings)}")
+        public = teachers.PUBLIC.get(settings.dataset) if name == "teacher" else None
+        remedy = f": fetch {public.url} and put it there" if public else ""
+        raise FileNotFoundError(f"{flag(name)} {where}: there is no such file{remedy}")
     if where == "auto":
         teachers.find_public(settings.dataset)
         return Opened(lambda images: teachers.public_teacher(settings.dataset))
@@ -130,12 +132,6 @@ def open_network(name: str, settings: Settings) -> Opened | None:
             remedy += ", and learns from latents: python -m distil.latents makes them, --dataset latents reads them"
         raise ValueError(f"{flag(name)} {where} is a {type(net).__name__}: {remedy}")
     return Opened(lambda images: net, *net.shape[:2])
-
-
-def fetch_it(name: str, settings: Settings) -> str:
-    """What follows where the checkpoint of a public teacher is not there."""
-    public = teachers.PUBLIC.get(settings.dataset) if name == "teacher" else None
-    return f": fetch {public.url} and put it there" if public else ""
 
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of checkpoints
@@ -204,6 +200,8 @@ def dry_run(settings: Settings) -> str:
     check_out(settings)
     made, public = Path(teacher_settings(settings).out, "teacher"), teachers.PUBLIC.get(settings.dataset)
     file, otherwise = settings.teacher, "is missing"
+    if file == "auto" and public is None and not ARCHS[settings.arch].text:
+        teachers.find_public(settings.dataset)  # says that there is none, and for which there are
     if file == "train":
         file, otherwise = made, f"is trained first, {settings.teacher_steps:,} steps"
     elif file == "auto" and public:
@@ -214,7 +212,7 @@ def dry_run(settings: Settings) -> str:
         otherwise = "is no folder here, so it is taken from the hub"
     there = Path(file).exists()
     usual = settings.teacher in ("auto", "train")
-    given = open_network("teacher", settings) if (there and not usual) or (usual and settings.arch not in NEW) else None
+    given = open_network("teacher", settings) if (ARCHS[settings.arch].text if usual else there) else None
     start = open_network("student", settings) if settings.student and Path(settings.student).exists() else None
     settings = as_large(settings, asked, given)
     lines = [json.dumps(plain(settings), indent=2)]

@@ -160,8 +160,7 @@ def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) ->
     except OSError:
         raise
     except Exception as error:  # numpy parses what stands before the numbers, which raises almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise disk.Damaged(f"{file} is damaged ({reason}): {remedy(file)}") from error
+        raise disk.Damaged(f"{file} is damaged ({machine.sentence(error)}): {remedy(file)}") from error
     if check:
         disk.check_seal(file, remedy(file))
     return found

@@ -285,8 +285,10 @@ class ShardedStudent(Student):
     """A student whose weights, gradients, optimizer and average are split over the processes (torch FSDP2)."""
 
     def _distribute(self) -> None:
+        from torch.distributed.checkpoint import state_dict
         from torch.distributed.fsdp import fully_shard
 
+        self.sharded, self.options = state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         for net in (self.model, self.ema):
             net.to(memory_format=torch.contiguous_format)  # FSDP takes no other
         self.parallel, self.whole = self.model, copy.deepcopy(self.ema).to("meta")
@@ -303,29 +305,20 @@ class ShardedStudent(Student):
         return super().norm(weights, limit).full_tensor()
 
     def average(self) -> Network:
-        from torch.distributed.checkpoint import state_dict as sharded
-
-        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        if state := sharded.get_model_state_dict(self.ema, options=options):  # on rank 0
+        if state := self.sharded.get_model_state_dict(self.ema, options=self.options):  # on rank 0
             self.whole.load_state_dict(state, assign=True)
         return self.whole
 
     def state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint import state_dict as sharded
-
-        options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
         parts = {"module": self.model, "ema": self.ema}
-        parts = {name: sharded.get_model_state_dict(net, options=options) for name, net in parts.items()}
-        parts["optimizer"] = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        parts = {name: self.sharded.get_model_state_dict(net, options=self.options) for name, net in parts.items()}
+        parts["optimizer"] = self.sharded.get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
         return {**self.history(), **parts, "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint import state_dict as sharded
-
-        options = sharded.StateDictOptions(full_state_dict=True)
-        sharded.set_model_state_dict(self.model, state["module"], options=options)
-        sharded.set_model_state_dict(self.ema, state["ema"], options=options)
-        sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        self.sharded.set_model_state_dict(self.model, state["module"], options=self.options)
+        self.sharded.set_model_state_dict(self.ema, state["ema"], options=self.options)
+        self.sharded.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=self.options)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.remember(state)
@@ -350,5 +343,6 @@ def timed(*students: Student) -> Iterator[None]:
         return
     began = perf_counter()
     yield
+    took = perf_counter() - began
     for student in students:
-        student.seconds += perf_counter() - began
+        student.seconds += took

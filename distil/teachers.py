@@ -235,10 +235,6 @@ class PixelUNet(Diffusers):
             self.shape = (self.shape[0], *shape[1:])
         Network.fit(self, shape)
 
-    def stages(self) -> list[nn.Module]:
-        stages = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]
-        return [stage for stage in stages if stage is not None]
-
     def feature_layers(self, other: Network | None = None) -> list[str]:
         """Every residual block, in running order."""
         names, stages = [name for name, _ in self.named_modules()], ("down_blocks", "mid_block", "up_blocks")

@@ -6,7 +6,6 @@
 All this needs diffusers: `pip install -e ".[sd]"`. Its argument names are known in this file only.
 """
 
-import hashlib
 import inspect
 import json
 import math
@@ -96,6 +95,12 @@ class Diffusers(Network):
     def no_condition(self) -> dict[str, Tensor] | None:
         return self.null
 
+    def stages(self) -> list[nn.Module]:
+        if self.blocks:
+            return list(self.blocks)
+        parts = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]  # of a U-Net
+        return [part for part in parts if part is not None]
+
     def reset_parameters(self) -> None:
         self.net.load_state_dict(self.of(self.config).net.state_dict())
 
@@ -134,10 +139,6 @@ class TextUNet(Diffusers):
     def embed(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """The `cond` of these prompts by the encoders of a pipeline."""
         return {"text": pipeline.encode_prompt(prompts, device, 1, False)[0]}
-
-    def stages(self) -> list[nn.Module]:
-        stages = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]
-        return [stage for stage in stages if stage is not None]
 
     def feature_layers(self, other: Network | None = None) -> list[str]:
         """What BK-SDM and its successors compare: stages, or where widths differ (C_*) the layers named here. Where one
@@ -209,12 +210,6 @@ class MMDiT(Diffusers):
         if context is not None:  # the last block has none to pass on
             context = super().skip_block(on, (kwargs["encoder_hidden_states"],), {}, context)
         return context, super().skip_block(on, (kwargs["hidden_states"],), {}, tokens)
-
-    def feature_layers(self, other: Network | None = None) -> list[str]:
-        return [f"net.transformer_blocks.{i}" for i in range(len(self.blocks))]
-
-    def feature_channels(self, names: list[str]) -> list[int]:
-        return [self.width] * len(names)
 
     def feature(self, output: tuple) -> Tensor:
         return output[1]  # a block returns the tokens of the text, or None, and those of the image, (B, N, D)
@@ -350,18 +345,17 @@ class TextEncoder:
         parts = self.pipeline.components
         encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and part}
         # Not models.fingerprint: it hashes the first values in bfloat16, which all devices and old records agree on.
-        digest = hashlib.sha256()
+        first = []
         for part in encoders.values():
             part.requires_grad_(False).eval().to(self.device, dtype)
-            for tensor in part.state_dict().values():
-                digest.update(str(tensor.flatten()[:1000].to("cpu", torch.bfloat16).tolist()).encode())
+            first += [tensor.flatten()[:1000].to("cpu", torch.bfloat16) for tensor in part.state_dict().values()]
         self.shapes = {name: tuple(value.shape[1:]) for name, value in self.encode([""]).items()}
         self.stored = self.shapes["text"]
         if T5[0] in parts and T5[0] not in encoders:
             widths = [part.config.hidden_size for part in encoders.values()]
             self.stored = (self.pipeline.tokenizer_max_length, sum(widths))
         self.record = {"text": str(where), "text_encoders": sorted(encoders)}
-        self.record["text_fingerprint"] = digest.hexdigest()[:16]
+        self.record["text_fingerprint"] = machine.digest(*(str(tensor.tolist()).encode() for tensor in first))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ all with what is there and what is said. What a run needs later again (teachers,
 without that folder all is computed anew.
 """
 
-import hashlib
 import os
 import sys
 import time
@@ -24,11 +23,6 @@ from distil import machine
 from distil.command import Parser
 
 HERE = Path(__file__).resolve().parent
-
-
-def fingerprint(source: str) -> str:
-    """What is recorded of a cell's source."""
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def execute(path: Path, folder: Path, **limits) -> nbformat.NotebookNode:
@@ -58,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         notebook = execute(path, HERE, timeout=None)
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.metadata["source_hash"] = fingerprint(cell.source)
+                cell.metadata["source_hash"] = machine.digest(cell.source.encode())
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         minutes = round((time.monotonic() - began) / 60, 1)
         load = round(os.getloadavg()[2], 1) if hasattr(os, "getloadavg") else None  # Windows does not count it

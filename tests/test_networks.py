@@ -162,12 +162,12 @@ def test_blocks_are_chosen_in_the_parts_that_memory_takes(monkeypatch):
 
 
 def test_classes_that_may_be_others_are_said_and_such_that_cannot_be_refused(capsys):
-    labels = np.array([0, 1, 2, 2])
-    images = data.Images(np.zeros((4, 1, 8, 8), np.uint8), labels, "folder")
-    networks.check_conditions("the teacher", ("y",), "here", images, 3)
+    images = data.Images(np.zeros((4, 4, 8, 8), np.uint8), np.array([0, 1, 1, 1]), "latents")
+    settings = Settings(dataset="latents", data="x", prune=0.5)
+    checks.check_students(settings, images, a_dit(), None)
     assert not capsys.readouterr().err
-    networks.check_conditions("the teacher", ("y",), "here", images, 1000)
-    assert "WARNING: the teacher knows 1000 classes and here has 3" in capsys.readouterr().err
+    checks.check_students(settings, images._replace(labels=np.zeros(4, int)), a_dit(), None)
+    assert "WARNING: the teacher knows 2 classes and the data has 1: class i" in capsys.readouterr().err
     for wrong in ([0, 3], [-1, 0]):
         with pytest.raises(ValueError, match=f"the data has a class {wrong[0] or wrong[1]}"):
             networks.check_conditions("the teacher", ("y",), "here", images._replace(labels=np.array(wrong)), 3)
