@@ -1,6 +1,6 @@
 """How fast it is: prints a table for each question and writes all numbers, hardware and versions as JSON.
 
-    python benchmarks/bench.py                             # everything at CelebA size: about ten minutes on two cores
+    python benchmarks/bench.py                             # everything at CelebA size: 6 to 20 minutes on two cores
     python benchmarks/bench.py --only loss step            # some of it
     python benchmarks/bench.py --official ../LIFT_PLACE    # beside the authors' code, imported from a clone of it
     python benchmarks/bench.py --quick                     # tiny networks, one repetition: does it run?

@@ -5,7 +5,7 @@
 
 Prints how many of its norms have one channel a group; at several timesteps, how much of its distance to the teacher a
 line for each image and channel explains; what the sampler makes of the first error; what each remedy gains on a few
-samples; and one line of advice. Writes nothing.
+samples; and one line of advice. Writes nothing but `runs/cache`.
 """
 
 import json
