@@ -110,9 +110,7 @@ def _digits(ask: Request) -> Images:
     if ask.data is not None:
         raise ValueError(f"digits are embedded and need no data, got {ask.data}; your own images are called 'folder'")
     check_digits(ask.image_size, ask.channels)
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = _sklearn_digits()
     images = torch.from_numpy(digits.images)[:, None] * (255 / 16)  # (N, 1, 8, 8), the source counts from 0 to 16
     if ask.image_size != 8:
         images = F.interpolate(images, size=ask.image_size, mode="bilinear")  # (N, 1, 16, 16)
@@ -122,6 +120,13 @@ def _digits(ask: Request) -> Images:
     images, labels = images[part], digits.target[part].astype(np.int64)
     about = machine.digest(np.ascontiguousarray(images), labels)
     return Images(images, labels, ask.name, fingerprint=about)
+
+
+@lru_cache
+def _sklearn_digits() -> Any:
+    from sklearn.datasets import load_digits
+
+    return load_digits()
 
 
 def check_digits(size: int, channels: int = 1) -> None:

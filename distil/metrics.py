@@ -419,19 +419,18 @@ def score(
     finite = samples.flatten(1).isfinite().all(1)  # (n,)
     images = data.to_uint8(samples[finite])  # (m, C, H, W)
 
-    def distance(extract: Extract) -> float:
-        return frechet(features(extract, real), features(extract, images)) if finite.all() else math.inf
-
     scores: dict[str, float | int | None] = {}
     if classifier and labels is not None:
         scores["right_class"] = (classifier.predict(images) == labels[finite]).double().sum().item() / len(samples)
-    scores["frechet_pixels"] = distance(pixels)
-    scores["frechet_digits"] = distance(classifier.features) if classifier else None
-    scores |= dict.fromkeys(("precision", "recall", "teacher_mse"))
+    whole, near = bool(finite.all()), None
+    scores["frechet_pixels"] = frechet(features(pixels, real), features(pixels, images)) if whole else math.inf
+    scores |= dict.fromkeys(("frechet_digits", "precision", "recall", "teacher_mse"))
+    if classifier and len(images):
+        near = features(classifier.features, real), features(classifier.features, images)
+    if classifier:
+        scores["frechet_digits"] = frechet(*near) if whole else math.inf
     if classifier and min(len(real), len(samples)) >= NEIGHBOURS:
-        near, precision, recall = classifier.features, 0.0, 0.0
-        if len(images) > 5:
-            precision, recall = precision_recall(features(near, real), features(near, images))
+        precision, recall = precision_recall(*near) if len(images) > 5 else (0.0, 0.0)
         scores |= {"precision": precision * len(images) / len(samples), "recall": recall}
     if teacher_samples is not None:
         mse = (samples.double() - teacher_samples).square().mean().item()

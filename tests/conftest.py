@@ -33,7 +33,8 @@ SMALL = {"channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attentio
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The files with the longest single tests first, so that no process is left alone with them at the end."""
-    slow = ("test_notebooks", "test_text_to_image", "test_train", "test_models")
+    slow = ("test_train", "test_notebooks", "test_text_to_image", "test_models", "test_evaluate", "test_calibrate",
+            "test_process", "test_lift_place", "test_teachers", "test_readme", "test_bench")  # fmt: skip
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
 
 

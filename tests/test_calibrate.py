@@ -47,6 +47,14 @@ class Planted(Network):
         return correct(x_t, output, self.weights[torch.searchsorted(torch.tensor(TIMES), t.long())])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ruler():
+    """No test here asks what the ruler of digits says: it is not trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "digit_classifier", lambda size: metrics.DigitClassifier().eval())
+        yield
+
+
 def images(n=24, channels=1, seed=1):
     x = torch.rand(n, channels, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return x * torch.linspace(0.2, 1, n)[:, None, None, None]  # of many contrasts
@@ -276,7 +284,6 @@ def folder(tmp_path_factory):
 
 def test_the_command_calibrates_a_run_which_is_then_sampled_so(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(metrics, "digit_classifier", lambda size: metrics.DigitClassifier().eval())  # trained in vain
     monkeypatch.setattr(metrics, "macs", lambda net: 0)
     assert calibrate.main(["runs/tiny", "--num", "12", "--out", "shown"]) == 0
     table = capsys.readouterr().out
@@ -367,25 +374,32 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
-def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    a_unet().save("alone")
-    a_unet(channels=3).save("wide")
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A folder of saved networks and of images, of which refusals change nothing."""
+    folder = tmp_path_factory.mktemp("networks")
+    a_unet().save(folder / "alone")
+    a_unet(channels=3).save(folder / "wide")
     for name, process in {"few": [0, 300], "other": [0, 500, 900]}.items():
         net = a_unet()
         net.process = {"fold": process}
-        net.save(name)
+        net.save(folder / name)
     net.process = {"schedule": "cosine"}
-    net.save("cosine")
+    net.save(folder / "cosine")
     for name, dropout in {"told": 0.1, "sure": 0.0}.items():
-        DiT(8, 2, 1, 8, 1, 2, num_classes=3, class_dropout_prob=dropout).save(name)
+        DiT(8, 2, 1, 8, 1, 2, num_classes=3, class_dropout_prob=dropout).save(folder / name)
     for i in range(6):
         for place in ("flat", f"sorted/{i % 3}"):
-            Path(place).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(f"{place}/{i}.png")
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(folder / place / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_bad_input_is_one_sentence(arguments, words, networks, monkeypatch, capsys):
+    monkeypatch.chdir(networks)
     assert words in refused(calibrate.main, arguments, capsys)
-    assert not [*tmp_path.glob(f"**/{FILE}")]
+    assert not [*networks.glob(f"**/{FILE}")]
 
 
 @pytest.mark.parametrize(

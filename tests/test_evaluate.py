@@ -1,5 +1,6 @@
 """distil/evaluate.py: what the end of a run measures, tables over runs, and FID of saved networks."""
 
+import functools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ def _inside(tmp_path_factory):
     """One folder for all tests, in which the digit classifier is trained once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("evaluate"))
+        patch.setattr(metrics, "digit_classifier", functools.partial(metrics.digit_classifier, steps=20))
         yield
 
 

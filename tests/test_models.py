@@ -298,8 +298,14 @@ def test_a_head_learns_where_an_output_is_flat():
     assert net.head.mlp[2].bias.grad.abs().max() > 0
 
 
+@lru_cache
+def published(name, ratio):
+    """The student of a published size, on the meta device; its size does not depend on the scores."""
+    return prune_channels(on_meta(PUBLISHED[name]), float(ratio), "random")
+
+
 def test_the_celeba_student_with_a_head_is_built_counted_and_stepped():
-    net = prune_channels(on_meta({"image_size": 64}), 0.9, "random")
+    net = copy.deepcopy(published("celeba", "0.9"))
     net.set_head("statistics")
     assert parameters(net.head) == 32 * 32 + 32 + 32 * 30 + 30 == 2_046 and parameters(net) == 1_312_076 + 2_046
     assert macs(net, (3, 64, 64)) > 0
@@ -328,15 +334,14 @@ def test_dropout_is_set_everywhere_and_recorded(small, small_dit, batch):
 
 @pytest.mark.parametrize(("name", "ratio"), [(n, r) for n in PRUNED for r in PRUNED[n] if r != "layers"])
 def test_pruned_sizes_equal_the_published_ones(name, ratio):
-    net, expected = on_meta(PUBLISHED[name]), PRUNED[name][ratio]
-    student = prune_channels(net, float(ratio), "random")  # the sizes do not depend on the scores
-    published = dict(zip(PRUNED[name]["layers"], expected["sizes"], strict=True))
-    assert sizes(student) == published
+    net, expected, student = on_meta(PUBLISHED[name]), PRUNED[name][ratio], published(name, ratio)
+    known = dict(zip(PRUNED[name]["layers"], expected["sizes"], strict=True))
+    assert sizes(student) == known
     assert (parameters(student), macs(student)) == (expected["params"], expected["macs"])
     if (name, ratio) == ("celeba", "0.9"):
         scaled = prune_channels(net, float(ratio), "random", norm_groups="scale")
         assert parameters(scaled) == expected["params"]
-        assert {name: size[0] for name, size in sizes(scaled).items()} == {n: size[0] for n, size in published.items()}
+        assert {name: size[0] for name, size in sizes(scaled).items()} == {n: size[0] for n, size in known.items()}
         for layer in net.norms():
             (full, full_groups), (width, groups) = sizes(net)[layer], sizes(scaled)[layer]
             assert width // groups >= full // full_groups > 1  # the published student has one channel in most groups

@@ -308,6 +308,23 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
     assert Image.open("images/samples.png").size[0] > 128
 
 
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A folder of saved networks, of which refusals change nothing."""
+    folder = tmp_path_factory.mktemp("networks")
+    a_unet().save(folder / "net")
+    UNet(16, in_channels=1, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save(folder / "large")
+    UNet(8, in_channels=4, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save(folder / "latents")
+    few = a_unet()
+    few.process = {"fold": [0, 300, 600]}
+    a_dit(3, class_dropout_prob=0.0).save(folder / "sure")
+    few.save(folder / "few")
+    few.process = {"name": "flow"}
+    few.save(folder / "flow")
+    (folder / "empty.txt").write_text("\n")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -342,17 +359,8 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
         (["{sd}", "--prompts", "nowhere.txt", "--teacher", "{sd}"], "nowhere.txt"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, words, pipelines, capsys):
-    a_unet().save("net")
-    UNet(16, in_channels=1, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("large")
-    UNet(8, in_channels=4, channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4).save("latents")
-    few = a_unet()
-    few.process = {"fold": [0, 300, 600]}
-    a_dit(3, class_dropout_prob=0.0).save("sure")
-    few.save("few")
-    few.process = {"name": "flow"}
-    few.save("flow")
-    Path("empty.txt").write_text("\n")
+def test_bad_input_is_one_sentence(arguments, words, pipelines, networks, monkeypatch, capsys):
+    monkeypatch.chdir(networks)
     with pytest.raises(SystemExit) as stopped:
         sample.main([argument.format(sd=pipelines["sd"]) for argument in arguments])
     out, err = capsys.readouterr()

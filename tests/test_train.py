@@ -37,8 +37,9 @@ from distil.students import Student, feature_loss, masked_feature_loss, mean_fea
 # a small teacher (16, 32 channels), few steps, 16 samples: every part of a run in about a second
 TEACHER = ["--channels", "16", "--teacher-steps", "3"]
 TINY = [*TEACHER, "--prune", "0.5", "--steps", "6",
-        "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "2",
+        "--batch-size", "8", "--eval-samples", "0", "--sample-steps", "2", "--log-every", "2", "--save-every", "99",
         "--preview-every", "0", "--device", "cpu"]  # fmt: skip
+SAVED = ["--save-every", "2"]  # where a checkpoint on the way is looked at
 FOLD = ["--fold-steps", "5", "--sample-steps", "5"]
 
 
@@ -404,7 +405,7 @@ def test_the_average_warms_up_if_it_is_told_to():
 def test_a_learned_w_is_a_parameter_that_falls_and_is_resumed(lambda_feat):
     """With nothing but the fine loss to feel, w can only shrink, as it does in the published ablation."""
     arguments = ["--kd", "none", "place", "--schedule", "learned", "--lambda-feat", lambda_feat, "--log-every", "1"]
-    arguments += ["--accumulate", "2", "--out", f"runs/learned{lambda_feat}"]
+    arguments += ["--accumulate", "2", *SAVED, "--out", f"runs/learned{lambda_feat}"]
     run(*arguments)
     ws = [record["w"] for record in log(f"learned{lambda_feat}") if record["method"] == "place"]
     assert ws[0] == 0.5 and ws == sorted(ws, reverse=True) and len(set(ws)) == 6
@@ -546,7 +547,11 @@ KILLED = {
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("kind", KILLED)
 def test_a_killed_run_resumes_bit_for_bit(kind, processes, capsys):
-    arguments, whole, killed = [*KILLED[kind], "--seeds", "0", "--log-every", "1"], f"{kind}-whole", f"{kind}-killed"
+    arguments, whole, killed = (
+        [*KILLED[kind], "--seeds", "0", "--log-every", "1", *SAVED],
+        f"{kind}-whole",
+        f"{kind}-killed",
+    )
     run(*arguments, "--out", f"runs/{whole}")
     process = processes([[*arguments, "--preview-every", "2", "--out", f"runs/{killed}"]], kill_at=3)
     process.join()
@@ -588,7 +593,7 @@ def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_keep)
     run(*arguments, "--out", "runs/one")
-    folded = [*FOLD, *arguments, "--kd", "out", "--accumulate", "2"]
+    folded = [*FOLD, *arguments, "--kd", "out", "--accumulate", "2", *SAVED]
     run(*folded, "--out", "runs/fold-one")
     commands = [[*arguments, "--out", "runs/two"], [*folded, "--out", "runs/fold-two"]]
     assert as_two(processes, commands) == [0, 0]
@@ -647,7 +652,7 @@ def test_the_run_folder_of_an_earlier_version_goes_on(capsys):
 
 @pytest.mark.usefixtures("_quick")
 def test_what_lies_in_the_way_is_refused_by_name_and_left_alone(capsys):
-    arguments = ["--kd", "place", "--out", "runs/way"]
+    arguments = ["--kd", "place", *SAVED, "--out", "runs/way"]
     run(*arguments)
     path, teacher = Path("runs/way/checkpoint.pt"), Path(teacher_settings(parse([*TINY, "--seed", "9"])).out)
     before = path.read_bytes()
@@ -821,7 +826,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_teacher_is_trained(
 
 @pytest.mark.usefixtures("_quick")
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(monkeypatch, capsys):
-    arguments, save = ["--kd", "out", "--out", "runs/full"], torch.save
+    arguments, save = ["--kd", "out", *SAVED, "--out", "runs/full"], torch.save
 
     def full(content, file):
         if content["step"] > 2:
