@@ -56,7 +56,8 @@ def write(
     found = {"settings": settings, "machine": machine.describe(), "protocol": protocol, **more}
     out.mkdir(parents=True, exist_ok=True)
     disk.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
-    first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}
+    seed = f"-{rows[1]['seed']}"
+    first = {name.removesuffix(seed): x for name, x in samples.items() if name == "teacher" or name.endswith(seed)}
     report.grid(out / "samples.png", first, lines=1)
     print(f"{report.table(rows)}\n\n{protocol}")
 
