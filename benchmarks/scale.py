@@ -69,8 +69,9 @@ def first_errors(case: doctor.Case) -> list[dict[str, Any]]:
     measured, _ = case.compare(doctor.Way(name, net, {"name": name}) for name, net in case.students.items())
     for row in measured[1:]:
         method, _, seed = row["name"].rpartition("-")
-        ((_, total, share, *_),) = doctor.lines(case.students[row["name"]], case, case.times[:1], n=FITTED)
-        found = {"predicted": gain * math.sqrt(total * max(share, 0.0)), "measured": math.sqrt(row["teacher_mse"])}
+        given = case.students[row["name"]], case.teacher, case.process, case.x0, case.times[:1], case.cond
+        ((_, total, fine, *_),) = doctor.lines(*given)
+        found = {"predicted": gain * math.sqrt(max(total - fine, 0)), "measured": math.sqrt(row["teacher_mse"])}
         rows.append({"method": method, "seed": int(seed), "steps": len(case.times), "gain": gain, **found})
     return rows
 
