@@ -141,24 +141,26 @@ class Setup:
     def draw(self, settings: Settings) -> Batch:
         return draw(settings, self.pixels[: settings.batch_size], {}, self.process, self.teacher, 0)
 
-    def step(self, students: list[Student], settings: Settings) -> None:
-        """A step of training, from the images on."""
-        teacher = self.tapped if any(student.kd.features for student in students) else self.teacher
-        train.step(settings, students, teacher, self.process, self.draw(settings), 0)
+    def step(self, students: list[Student], settings: Settings, teacher: nn.Module | None = None) -> None:
+        """A step of training, from the images on, for which an earlier one's memory may be taken."""
+        if self.gpu:
+            torch.compiler.cudagraph_mark_step_begin()
+        usual = self.tapped if any(student.kd.features for student in students) else self.teacher
+        train.step(settings, students, teacher or usual, self.process, self.draw(settings), 0)
 
 
 # ---- The questions: each function answers one, row by row ------------------------------------------------------------
 
 
-def formula(student: Tensor, teacher: Tensor, sort: bool = True, k: int = 16, eps: float = 1e-7) -> Tensor:
+def formula(student: Tensor, teacher: Tensor, sort: bool = True) -> Tensor:
     """LIFT, or sorted PLACE, as their formulas read, in the constants of the authors' U-Nets: nothing is rearranged,
     nothing is done by hand. What the others are held against where the authors' code is not at hand."""
     s, t = student.flatten(2), teacher.flatten(2)  # (B, C, N)
     if sort:
         order = (t - s).square().argsort(-1)  # (B, C, N)
-        s, t = (x.gather(-1, order).unflatten(-1, (-1, k)) for x in (s, t))  # (B, C, G, K)
+        s, t = (x.gather(-1, order).unflatten(-1, (-1, 16)) for x in (s, t))  # (B, C, G, K)
     s_mean, t_mean = s.mean(-1, keepdim=True), t.mean(-1, keepdim=True)
-    b1 = ((s - s_mean) * (t - t_mean)).mean(-1, keepdim=True) / ((s - s_mean).square().mean(-1, keepdim=True) + eps)
+    b1 = ((s - s_mean) * (t - t_mean)).mean(-1, keepdim=True) / ((s - s_mean).square().mean(-1, keepdim=True) + 1e-7)
     b0 = t_mean - b1 * s_mean
     coarse = b0.abs().mean() + (b1 - 1).abs().mean()
     fine = (t - b0.detach() - b1.detach() * s).square().mean()

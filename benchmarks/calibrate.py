@@ -20,23 +20,23 @@ from distil.calibrate import Calibrated
 from distil.command import Parser, check
 from distil.settings import plain
 
-WAYS = {"plain": (False, False), "clip": (False, True), "calibrated": (True, False), "calibrated, clip": (True, True)}
+WAYS = ("plain", "clip", "calibrated", "calibrated, clip")
 
 
-def study(case: doctor.Case, kinds: Sequence[str], knots: int | None = None) -> list[doctor.Way]:
-    """Each student of a case in these `WAYS`, fitted at that many timesteps, by default at those of the sampler."""
+def study(case: doctor.Case, kinds: Sequence[str], knots: int | None = None, more: str = "") -> list[doctor.Way]:
+    """Each student of a case in these `WAYS`, fitted at that many timesteps, by default at those of the sampler.
+    more: what its name says after the method."""
     times, ways = case.process.timesteps(knots or len(case.times)), []
-    if any(WAYS[kind][1] for kind in kinds) and not case.clamped.clip_x0:
+    if any("clip" in kind for kind in kinds) and not case.clamped.clip_x0:
         raise ValueError(f"{case.clamped.sampler} steps cannot clamp an image: leave the ways with clip out")
-    fitted = case.fit(times) if any(WAYS[kind][0] for kind in kinds) else {}
+    fitted = case.fit(times) if any("calibrated" in kind for kind in kinds) else {}
     for name, student in case.students.items():
         method, _, seed = name.rpartition("-")
         for kind in kinds:
-            calibrated, clip = WAYS[kind]
-            label = method if kind == "plain" else f"{method}, {kind}"
-            net = Calibrated(student, fitted[name]) if calibrated else student
+            label = f"{method}{more}" if kind == "plain" else f"{method}{more}, {kind}"
+            net = Calibrated(student, fitted[name]) if "calibrated" in kind else student
             about = {"method": label, "seed": int(seed)}
-            ways.append(doctor.Way(f"{label}-{seed}", net, about, case.clamped if clip else None))
+            ways.append(doctor.Way(f"{label}-{seed}", net, about, case.clamped if "clip" in kind else None))
     return ways
 
 
@@ -56,7 +56,8 @@ def write(
     found = {"settings": settings, "machine": machine.describe(), "protocol": protocol, **more}
     out.mkdir(parents=True, exist_ok=True)
     disk.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
-    first = {name.removesuffix("-0"): x for name, x in samples.items() if name == "teacher" or name.endswith("-0")}
+    seed = f"-{rows[1]['seed']}"
+    first = {name.removesuffix(seed): x for name, x in samples.items() if name == "teacher" or name.endswith(seed)}
     report.grid(out / "samples.png", first, lines=1)
     print(f"{report.table(rows)}\n\n{protocol}")
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("calibrate.py", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--num", type=int, default=300, help="samples of each network [300]")
     parser.add_argument("--sample-steps", type=int, help="[the run's]")
     parser.add_argument("--knots", type=int, help="timesteps to fit at; others are interpolated [the sampler's]")

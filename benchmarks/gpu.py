@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from benchmarks import answers, bench, calibrate
 from benchmarks.answers import Row
-from benchmarks.bench import Cases
+from benchmarks.bench import Cases, Setup
 from distil import disk, machine, metrics, networks, students
 from distil.batches import draw
 from distil.command import Parser, check
@@ -71,20 +71,6 @@ SMALL: dict[str, tuple] = {
                       "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8},
               (4, 8, 8), {"text": (4, 36), "pooled": (24,)}, 2, {"prune": 0.5}),
 }  # fmt: skip
-
-
-class Setup(bench.Setup):
-    """That of bench.py, with a place for what the runs leave, and the sections that are there."""
-
-    def __init__(self, options: argparse.Namespace, sections: dict[str, Any], path: Path) -> None:
-        super().__init__(options)
-        self.sections, self.folder, self.results = sections, Path("runs", f"gpu-{path.stem}"), path.with_suffix("")
-
-    def train(self, group: list[Student], teacher: Any, settings: Settings) -> None:
-        """A step of training, from the images on, for which an earlier one's memory may be taken."""
-        if self.gpu:
-            torch.compiler.cudagraph_mark_step_begin()
-        train.step(settings, group, teacher, self.process, self.draw(settings), 0)
 
 
 def timed(b: Setup, cases: Cases) -> Iterable[Row]:
@@ -126,7 +112,7 @@ def ways(b: Setup) -> Iterable[Row]:
         one = Student(settings, train.resolve(settings, "place"), 0, net, tapped)
         for module in (tapped, one.model) if how else ():
             module.compile(mode=compilers[how])
-        cases["".join(name)] = partial(b.train, [one], tapped, settings)
+        cases["".join(name)] = partial(b.step, [one], settings, tapped)
     yield from timed(b, cases)
 
 
@@ -191,7 +177,7 @@ def sharded(b: Setup) -> Iterable[Row]:
 
     def case(kind: type[Student]) -> Callable[[], None]:
         net = copy.deepcopy(b.teacher).requires_grad_(True)
-        return partial(b.train, [kind(settings, kd, 0, net, b.tapped)], b.tapped, settings)
+        return partial(b.step, [kind(settings, kd, 0, net, b.tapped)], settings)
 
     yield from timed(b, {"whole": case(Student)})
     dist.init_process_group("nccl" if b.gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -210,8 +196,7 @@ def pace(b: Setup) -> Iterable[Row]:
     settings = b.settings(importance="magnitude")
     alone = Student(settings, train.resolve(settings, "none"), 0, copy.deepcopy(b.teacher).requires_grad_(True))
     group = [b.student(settings, method) for method in METHODS]
-    cases = {"teacher": partial(b.train, [alone], None, settings)}
-    cases["students"] = partial(b.train, group, b.tapped, settings)
+    cases = {"teacher": partial(b.step, [alone], settings), "students": partial(b.step, group, settings)}
     for row in timed(b, cases):
         steps = 2 if b.quick else max(100, round(60 * PLAN[row["what"]] / row["s"], -2))
         yield {"what": row["what"], "parameters": metrics.parameters((alone, group[0])[row["what"] == "students"].net)
@@ -333,7 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
         about = {"machine": machine.describe(), "options": {"small": options.small}, "official": bool(options.official)}
         result = started(path, about)
         given = {"device": options.device, "quick": options.small, "compile": False, "repeat": None}
-        b = Setup(argparse.Namespace(**given, official=options.official), result["sections"], path)
+        b = Setup(argparse.Namespace(**given, official=options.official))
+        b.sections, b.folder, b.results = result["sections"], Path("runs", f"gpu-{path.stem}"), path.with_suffix("")
     with deadline(options.minutes):
         try:
             done = answers.measure(b, {name: PARTS[name] for name in options.only}, result, path)

@@ -8,7 +8,6 @@ its students are trained and compared; OUT/metrics.json has the form of a run's.
 folder, and only this script can read them.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 from benchmarks import calibrate
-from distil import sample
+from distil import machine, sample
+from distil.command import Parser, check
+from distil.prepare import prepare
 from distil.settings import parse
 from notebooks.analysis import finished
 
@@ -89,27 +90,26 @@ def heads(variant: str) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("head.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("head.py", __doc__)
     parser.add_argument("out", type=Path)
     usual = [name for name in VARIANTS if name != "shared"]  # of one channel that is the same as all
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=usual)
     parser.add_argument("--num", type=int, default=300, help="samples of each network [300]")
     given, flags = parser.parse_known_args(argv)
+    with machine.refusing("head.py"):
+        check("OUT", given.out, {"folder": True})
+        check("--num", given.num, {"low": 2})
     rows, samples = [], {}
     for variant in given.variants:
         folder = Path("runs/head") / given.out.name / variant
         told = ["--head", "statistics", "--eval-samples", "0", "--lambda-feat", "0", "--out", str(folder)]
         with heads(variant):
-            finished(parse([*flags, *told]))
+            with machine.refusing("head.py"):
+                settings = parse([*flags, *told])
+                prepare(settings)
+            finished(settings)
             case = calibrate.open_run(folder, sample.Flags(num=given.num))
-            ways = [
-                way._replace(
-                    name=f"{way.about['method']}, {variant}-{way.about['seed']}",
-                    about={**way.about, "method": f"{way.about['method']}, {variant}"},
-                )
-                for way in calibrate.study(case, ["plain"])
-            ]
-            found, drawn = case.compare(ways)
+            found, drawn = case.compare(calibrate.study(case, ["plain"], more=f", {variant}"))
         rows = [found[0], *rows[1:], *found[1:]]  # the teacher's stands first, once
         samples |= drawn
     protocol = f"{given.num} generated, {len(case.times)} steps; a head of its own kind in each row, nothing calibrated"

@@ -64,11 +64,12 @@ def step(b: Any) -> Callable[[], None]:
 def their_network(b: Any, net: UNet) -> nn.Module:
     """Their network with the layers of `net`, whose parameters have the same names."""
     c = net.config
-    model = {"type": "simple", "in_channels": 3, "out_ch": 3, "ch": c["channels"], "ch_mult": c["channel_mults"]}
-    model |= {"num_res_blocks": c["num_res_blocks"], "attn_resolutions": c["attention_resolutions"]}
-    model |= {"dropout": 0.1, "resamp_with_conv": True}
+    model = SimpleNamespace(
+        type="simple", in_channels=3, out_ch=3, ch=c["channels"], ch_mult=c["channel_mults"], dropout=0.1,
+        num_res_blocks=c["num_res_blocks"], attn_resolutions=c["attention_resolutions"], resamp_with_conv=True,
+    )  # fmt: skip
     config = SimpleNamespace(
-        model=SimpleNamespace(**model),
+        model=model,
         data=SimpleNamespace(image_size=b.size),
         diffusion=SimpleNamespace(num_diffusion_timesteps=b.process.steps),
     )

@@ -69,8 +69,9 @@ def first_errors(case: doctor.Case) -> list[dict[str, Any]]:
     measured, _ = case.compare(doctor.Way(name, net, {"name": name}) for name, net in case.students.items())
     for row in measured[1:]:
         method, _, seed = row["name"].rpartition("-")
-        ((_, total, share, *_),) = doctor.lines(case.students[row["name"]], case, case.times[:1], n=FITTED)
-        found = {"predicted": gain * math.sqrt(total * max(share, 0.0)), "measured": math.sqrt(row["teacher_mse"])}
+        given = case.students[row["name"]], case.teacher, case.process, case.x0, case.times[:1], case.cond
+        ((_, total, fine, *_),) = doctor.lines(*given)
+        found = {"predicted": gain * math.sqrt(max(total - fine, 0)), "measured": math.sqrt(row["teacher_mse"])}
         rows.append({"method": method, "seed": int(seed), "steps": len(case.times), "gain": gain, **found})
     return rows
 
@@ -114,14 +115,14 @@ def results() -> dict[tuple[int, float, str, bool], dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def table(prune: float = 0.9, first: bool = True, key: str = "frechet_pixels") -> str:
+def table(prune: float = 0.9, first: bool = True) -> str:
     """The table of docs/scale.md: a line for each size, kind of norms and method, a column for each of the ways."""
-    names = ("as it is", "clamped", "calibrated", "both")
+    names, key = ("as it is", "clamped", "calibrated", "both"), "frechet_pixels"
     lines = [["images, norms", "teacher", "method", *names]]
     for (size, share, norms, kind), run in results().items():
         if (share, kind) == (prune, first):
             for method in METHODS:
-                kinds = [method, *(f"{method}, {way}" for way in list(calibrate.WAYS)[1:])]
+                kinds = [method, *(f"{method}, {way}" for way in calibrate.WAYS[1:])]
                 found = [report.mean_std(row[key] for row in run["students"] if row["method"] == way) for way in kinds]
                 about = f"{size}x{size}, {'kept' if norms == 'keep' else 'scaled'}"
                 lines.append([about, report.mean_std([run["teacher"][key]]), method, *found])
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher-seed", type=int, default=0, help="[0]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students [0 1 2]")
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS, help="[both]")
-    parser.add_argument("--ways", nargs="+", choices=calibrate.WAYS, default=list(calibrate.WAYS), help="[all]")
+    parser.add_argument("--ways", nargs="+", choices=calibrate.WAYS, default=calibrate.WAYS, help="[all]")
     parser.add_argument("--first-errors", nargs="+", type=int, default=STEPS, help="of samplers of so many steps")
     parser.add_argument(
         "--figures", action="store_true", help="draw docs/scale.png and docs/first_error.png, print the table"

@@ -33,8 +33,8 @@ from distil.batches import batches
 CELEBA, GENERATED = 162_770, 50_000  # images to train on, and to score
 
 
-def medians(b: bench.Setup, call: Callable[[], object]) -> float:
-    return b.medians({"": call})[""]
+def medians(b: bench.Setup, call: Callable[[], object], turns: float = 1.0) -> float:
+    return b.medians({"": call}, turns)[""]
 
 
 def training(b: bench.Setup) -> Iterable[Row]:
@@ -68,7 +68,7 @@ def training(b: bench.Setup) -> Iterable[Row]:
         took["checkpoints"] = (steps // settings.save_every, medians(b, saved))
         shown = [("place", student.ema)]
         looked = partial(evaluate.preview, settings, images, None, shown, b.process, b.device, n=4 if b.quick else 32)
-        took["previews"] = (steps // settings.save_every, b.seconds({"": looked}, 0)[""][0])
+        took["previews"] = (steps // settings.save_every, medians(b, looked, 0))
         x0, noise = batch.x0, torch.randn_like(batch.x0)
         gradients = partial(
             importance.accumulate_gradients, b.teacher, b.process, x0, noise, timesteps=[500], progress=False
@@ -76,11 +76,13 @@ def training(b: bench.Setup) -> Iterable[Row]:
         took["Taylor importance"] = (1000 * settings.taylor_batch // len(x0), medians(b, gradients))
         decoded = medians(b, lambda: [pictures.decode(one, b.size, 3) for one in files]) / len(files)
         took["JPEGs to pixels, once"] = (CELEBA, decoded)
-        mib = {"checkpoints": Path(folder, "checkpoint.pt").stat().st_size / 2**20}
+        size = Path(folder, "checkpoint.pt").stat().st_size
     total = sum(times * s for times, s in took.values())
     for name, (times, s) in took.items():
         row = {"what": name, "times": times, "s": s, "hours": times * s / 3600, "percent": 100 * times * s / total}
-        yield row | ({"MiB": mib[name]} if name in mib else {})
+        if name == "checkpoints":
+            row["MiB"] = size / 2**20
+        yield row
 
 
 def scoring(b: bench.Setup) -> Iterable[Row]:
@@ -94,12 +96,12 @@ def scoring(b: bench.Setup) -> Iterable[Row]:
     with torch.no_grad():
         read = medians(b, partial(inception, shown))
     features = torch.randn(2, few, 64 if b.quick else 2048)
-    compared = b.seconds({"": partial(metrics.precision_recall, *features)}, 0)[""][0]
+    compared = medians(b, partial(metrics.precision_recall, *features), 0)
     took = {
         "samples": GENERATED * 100 * step / batch,
         "Inception features of both": 2 * GENERATED * read / len(shown),
         "neighbours, for precision and recall": compared * (GENERATED / few) ** 2,
-        "Frechet distance": b.seconds({"": partial(metrics.frechet, *features)}, 0)[""][0],
+        "Frechet distance": medians(b, partial(metrics.frechet, *features), 0),
     }
     for name, s in took.items():
         yield {"what": name, "hours": s / 3600, "percent": 100 * s / sum(took.values())}

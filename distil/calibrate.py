@@ -214,9 +214,10 @@ def main(argv: list[str] | None = None) -> int:
     ways = []
     for name, calibration in calibrations.items():
         calibration.save(case.folders[name])
-        method, _, seed = name.rpartition("-")  # as train.py calls students of a run
+        method, _, seed = name.rpartition("-")  # as train.py calls students of a run; others have names of their own
+        method = method if method and seed.isdecimal() else name
         for kind, net in (("", case.students[name]), (", calibrated", Calibrated(case.students[name], calibration))):
-            ways.append(doctor.Way(f"{name}{kind}", net, {"method": f"{method or name}{kind}", "seed": seed}))
+            ways.append(doctor.Way(f"{name}{kind}", net, {"method": f"{method}{kind}", "seed": seed}))
     rows, samples = case.compare(ways)
     picture = Path(flags.out) / "calibration.png"
     report.grid(picture, samples)

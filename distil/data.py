@@ -32,6 +32,7 @@ CACHE = "runs/cache"  # of decoded images
 MAX_CACHE = 100e9  # bytes: a larger set is decoded whenever it is used, not kept. CelebA 2 GB, LSUN church 25 GB
 RECIPE = 3  # part of the key of a cache entry: raise it when `decode` or the format changes
 RECORD = "latents.json"  # in a folder of latents: how they were made
+MOST, ROOM = 50_000, 2e9  # images, and bytes of them, that are held in memory to compare samples with
 WORKERS = 2  # threads that fetch batches; twice as many batches wait in memory
 CELEBA_FACE = (25, 57, 25 + 128, 57 + 128)  # left, top, right, bottom
 
@@ -398,6 +399,16 @@ def _decoded(
     images = shards.Shards(entry, "images", (len(items), *shape))
     about = machine.digest(images.seals(), labels_of(labels))
     return Images(images, labels, ask.name, fingerprint=about)
+
+
+def spaced(n: int, most: int) -> np.ndarray:
+    """Which of n images to take, at most so many and evenly spaced over all: growing int64."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
+
+
+def some(images: Images) -> np.ndarray:
+    """The images (N, C, H, W) uint8 to compare samples with: all of them, or evenly spaced ones that memory holds."""
+    return images.images[spaced(len(images.images), min(MOST, int(ROOM / math.prod(images.shape))))]
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,9 +23,9 @@ from tqdm import tqdm
 from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, teachers
 from distil.calibrate import Calibrated, Calibration
 from distil.command import Parser
+from distil.fast_loss import lift
 from distil.process import Process, check_guidance, process_of, split
 from distil.settings import Settings, restored
-from lift_place import lift
 from models import Network, lonely_norms
 
 # ---- Students beside their teacher -----------------------------------------------------------------------------------
@@ -72,9 +71,8 @@ class Case(NamedTuple):
 
     def compare(self, ways: Iterable[Way]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Rows for `report.table` and samples (n, C, H, W), of the teacher and each way, all from the same noise."""
-        real, vae = self.real.images[:50_000], self.sampler["vae"]
-        if vae is not None:
-            real = sample.decoded(vae, self.real, self.count)
+        vae = self.sampler["vae"]
+        real = data.some(self.real) if vae is None else sample.decoded(vae, self.real, self.count)
         labels = sample.classes_in_turn(self.teacher, self.count).get("y")
         rows, samples = [], {}
         for name, net, about, process in [Way("teacher", self.teacher, {"method": "teacher"}, self.own), *ways]:
@@ -118,7 +116,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     clamped = process_of(first, told.process, told.spacing, clip_x0=True)
     process = folded(own, teacher, clamped, first)
     source = held_out or real
-    rows = np.linspace(0, len(source.images) - 1, min(n, len(source.images))).round().astype(int)
+    rows = data.spaced(len(source.images), n)
     pixels, known = torch.from_numpy(source.images[rows]), source.conditions(rows)
     x0 = data.to_float(pixels) if pixels.dtype == torch.uint8 else pixels[:, 0]  # of latents, those not mirrored
     cond = {key: known[key].to(device) for key in teacher.conditions}
@@ -159,19 +157,20 @@ def first_gain(process: Process, t: float) -> float:
 
 
 @torch.no_grad()
-def lines(student: Network, case: Case, times: Iterable[float], n: int = 64) -> list[list[float]]:
-    """A row for each of these timesteps: t, the mean squared distance of the outputs, its share that a line for each
-    image and channel explains, and the means of |b0| and |b1 - 1|, over n images at most."""
-    x0, cond = case.x0[:n], {key: value[:n] for key, value in case.cond.items()}
+def lines(
+    student: Network, teacher: Network, process: Process, x0: Tensor, times: Iterable[float],
+    cond: dict[str, Tensor] | None = None,
+) -> list[list[float]]:  # fmt: skip
+    """A row for each of these timesteps: t, the mean squared distance of the outputs, what is left of it after one line
+    for each image and channel, and the means of |b0| and |b1 - 1|. One noise for all; process: of the student."""
     noise, rows = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0), []
     for t in times:
         now = torch.full(x0.shape[:1], t, device=x0.device)
-        x_t = case.process.add_noise(x0, noise, now)
-        e_s = split(student(x_t, now, cond), x0.shape[1])[0]
-        e_t = split(case.teacher(x_t, case.process.phi(now), cond), x0.shape[1])[0]
-        parts, total = lift(e_s, e_t), (e_t - e_s).square().mean()
-        share = (total - parts.fine) / total.clamp(min=1e-12)
-        sizes = total, share, parts.b0.abs().mean(), (parts.b1 - 1).abs().mean()
+        x_t = process.add_noise(x0, noise, now)
+        e_s = split(student(x_t, now, cond), x0.shape[1])[0].float()
+        e_t = split(teacher(x_t, process.phi(now), cond), x0.shape[1])[0].float()
+        line, total = lift(e_s, e_t), (e_t - e_s).square().mean()
+        sizes = total, line.fine, line.b0.abs().mean(), (line.b1 - 1).abs().mean()
         rows.append([t, *(value.item() for value in sizes)])
     return rows
 
@@ -237,13 +236,15 @@ def main(argv: list[str] | None = None) -> int:
     gain = first_gain(case.sampler["process"], times[0])
     ways = {name: remedies(name, calibration, case) for name, calibration in calibrations.items()}
     (teacher, *rows), _ = case.compare(way for of_one in ways.values() for way in of_one)
+    x0, cond = case.x0[:64], {key: value[:64] for key, value in case.cond.items()}
+    few = times[:: max(1, len(times) // 6)]
     for name, net in case.students.items():
         its, rows = rows[: len(ways[name])], rows[len(ways[name]) :]
         lonely, norms = lonely_norms(net), len(net.norms())
-        found = [
-            [f"{t:.0f}", *(f"{value:.3f}" for value in sizes)]
-            for t, *sizes in lines(net, case, times[:: max(1, len(times) // 6)])
-        ]
+        found = []
+        for t, total, fine, *line in lines(net, case.teacher, case.process, x0, few, cond):
+            share = (total - fine) / total if total else 0.0
+            found.append([f"{t:.0f}", *(f"{value:.3f}" for value in (total, share, *line))])
         print(f"\n{name}: {lonely} of {norms} norms have one channel a group, which erases its mean and scale")
         print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))

@@ -66,7 +66,7 @@ def measure(
         return found
     report.curves(folder / "curves.png", folder / "log.jsonl")
 
-    real = images.images[:50_000] if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
+    real = data.some(images) if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
     classifier = metrics.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
     told = conditions(teacher, images, n)
     options = {"seed": settings.seed, "eta": settings.eta, "guidance": settings.guidance, "device": device}

@@ -12,7 +12,7 @@ from conftest import ROOT, refused
 
 import lift_place
 import models
-from benchmarks import answers, bench, head, peers, shares
+from benchmarks import answers, bench, fold, head, peers, shares
 
 PAGES = "\n".join(page.read_text("utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 TABLES = re.findall(r"<!-- bench\.py (\S+) (\w+) -->\n(.*?)\n\n", PAGES, re.DOTALL)
@@ -150,6 +150,18 @@ def test_the_shares_of_a_run_add_up_in_small(tmp_path):
     for section in json.loads(path.read_text())["sections"].values():
         assert sum(row["percent"] for row in section["rows"]) == pytest.approx(100)
         assert all(row["hours"] > 0 for row in section["rows"])
+
+
+def test_the_studies_that_train_refuse_in_one_sentence_before_they_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "fold.py: error: --sample-steps 1 cannot be used" in refused(fold.main, ["5", "1"], capsys)
+    assert "fold.py: error: argument steps: invalid int value" in refused(fold.main, ["few"], capsys)
+    nowhere = ["out", "--dataset", "folder", "--data", "nowhere"]
+    assert "head.py: error: there is no folder nowhere" in refused(head.main, nowhere, capsys)
+    assert "--num 1 cannot be used" in refused(head.main, ["out", "--num", "1"], capsys)
+    assert not [*tmp_path.iterdir()]
+    folders = [fold.settings_of(5, end, clip=False).out for end in (None, "published", "last")]
+    assert folders == [f"runs/fold/pruned{end}" for end in ("", "-fold-published-5", "-fold-last-5")]
 
 
 READS = {"x_t": [0, 1, 2], "e": [0, 3, 4], "means": [0, 1, 3], "deviations": [0, 2, 4], "constants": [0]}

@@ -345,6 +345,28 @@ def test_a_fold_of_a_fold_is_asked_at_the_times_of_its_teacher(tmp_path, monkeyp
     assert [len(found.times) for found in case.fit().values()] == [5]
 
 
+def test_a_name_is_cut_where_a_seed_stands_and_nowhere_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "digit_classifier", lambda size: None)
+    monkeypatch.setattr(metrics, "macs", lambda net: 0)
+    for name, shown in {"my-student": "my-student", "place-12": "place", "7": "7"}.items():
+        a_unet(1).save(name)
+        few = ["--num", "6", "--sample-steps", "2", "--out", "shown"]
+        assert calibrate.main([name, "--teacher", name, "--images", "digits", *few]) == 0
+        rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert rows[2:] == ["teacher", shown, f"{shown}, calibrated"]
+
+
+def test_the_pictures_of_a_study_are_of_its_first_seed(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    rows = [{"method": "teacher"}, *({"method": "out", "seed": seed} for seed in (1, 11))]
+    shown = {}
+    monkeypatch.setattr(report, "grid", lambda path, samples, lines: shown.update(samples))
+    monkeypatch.setattr(report, "table", lambda rows: "")
+    study.write(tmp_path / "out", Path("runs/tiny"), 3, "", rows, {"teacher": 0, "out-1": 1, "out-11": 2})
+    assert shown == {"teacher": 0, "out": 1}
+
+
 @pytest.mark.parametrize(("more", "size"), [({}, 256), ({"batch": 3}, 3)])
 def test_images_are_fitted_as_many_at_a_time_as_they_are_sampled(more, size, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from conftest import a_unet, refused
 from PIL import Image
 
-from distil import calibrate, doctor, sample
+from distil import calibrate, data, doctor, sample
 from distil.process import DDPM, RectifiedFlow
 from models import regroup
 
@@ -93,6 +93,22 @@ def test_the_sampler_multiplies_the_first_error():
     noisiest = DDPM().alpha_bar[980].item()
     assert doctor.first_gain(DDPM(), 980) == pytest.approx(((1 - noisiest) / noisiest) ** 0.5, rel=1e-3)
     assert doctor.first_gain(RectifiedFlow(), 1000.0) == pytest.approx(1.0)
+
+
+def test_samples_are_compared_with_as_many_images_as_memory_holds(monkeypatch):
+    a_unet().save("student")
+    flags = sample.Flags(teacher="student", sample_steps=2, num=6)
+    case = doctor.open_case(Path("student"), flags, "images")
+    whole = case.real.images[np.arange(12)]
+    seen = []
+    monkeypatch.setattr(doctor.metrics, "score", lambda samples, teacher, real, *_: seen.append(real) or {})
+    case.compare([])
+    monkeypatch.setattr(data, "ROOM", 4.5 * 64)  # bytes: four images
+    case.compare([])
+    monkeypatch.setattr(data, "MOST", 3)
+    case.compare([])
+    for found, rows in zip(seen, (range(12), [0, 4, 7, 11], [0, 6, 11]), strict=True):
+        assert np.array_equal(found, whole[list(rows)])
 
 
 def test_bad_input_is_one_sentence(capsys):

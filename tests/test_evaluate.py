@@ -71,6 +71,15 @@ def test_teacher_and_students_are_scored_on_the_same_noise():
     assert report.table(report.rows(found)).count("\n") == 5
 
 
+def test_large_sets_are_compared_by_some_of_their_images(monkeypatch):
+    monkeypatch.setattr(data, "ROOM", 40 * 64)  # bytes: 40 images
+    found, _ = measured("some", a_unet(0), [a_unet(1)], kd=("out",))
+    assert "40 real, 12 generated" in found["protocol"]
+    of_teacher = sample.sample(a_unet(0), DDPM(), 12, seed=0, steps=3, progress=False)
+    real = data.load("digits").images[np.linspace(0, 1499, 40).round().astype(int)]
+    assert found["teacher"]["frechet_pixels"] == metrics.score(of_teacher, None, real)["frechet_pixels"]
+
+
 def test_students_of_few_steps_stand_beside_their_teacher_in_as_many():
     folded = DDPM().fold(5, "last")
     found, settings = measured("fold", a_unet(0), [a_unet(1)], folded, fold_steps=5, sample_steps=5, kd=("out",))

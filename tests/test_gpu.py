@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import refused
 
-from benchmarks import gpu
+from benchmarks import bench, gpu
 from distil import data, machine, networks
 from models import UNet
 
@@ -86,7 +86,7 @@ def test_it_ends_in_time_with_what_it_has(tmp_path, monkeypatch, capsys):
 
 def test_the_teacher_of_its_runs_is_that_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "photographs", lambda folder, n: folder)
-    b = gpu.Setup.__new__(gpu.Setup)
+    b = bench.Setup.__new__(bench.Setup)
     b.quick, b.size, b.batch, b.device, b.folder = False, 64, 96, torch.device("cpu"), tmp_path
     b.sections = {"pace": {"rows": [{"what": "teacher", "steps": 3000}, {"what": "students", "steps": 600}]}}
     settings = gpu.run_settings(b, "keep")
