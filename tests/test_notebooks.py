@@ -7,8 +7,7 @@ import nbclient
 import nbformat
 import pytest
 from conftest import ROOT, refused
-from jupyter_client import AsyncKernelManager
-from jupyter_core.utils import run_sync
+from nbclient.util import run_sync
 from PIL import Image
 
 from distil import data, machine, metrics
@@ -42,7 +41,7 @@ def clone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kernel():
     """One for all notebooks: torch, scikit-learn and matplotlib are imported once."""
-    manager = AsyncKernelManager(kernel_name="python3")
+    manager = nbclient.NotebookClient(nbformat.v4.new_notebook()).create_kernel_manager()
     yield manager
     if manager.has_kernel:
         run_sync(manager.shutdown_kernel)(now=True)
