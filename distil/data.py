@@ -32,7 +32,6 @@ CACHE = "runs/cache"  # of decoded images
 MAX_CACHE = 100e9  # bytes: a larger set is decoded whenever it is used, not kept. CelebA 2 GB, LSUN church 25 GB
 RECIPE = 3  # part of the key of a cache entry: raise it when `decode` or the format changes
 RECORD = "latents.json"  # in a folder of latents: how they were made
-MOST, ROOM = 50_000, 2e9  # images, and bytes of them, that are held in memory to compare samples with
 WORKERS = 2  # threads that fetch batches; twice as many batches wait in memory
 CELEBA_FACE = (25, 57, 25 + 128, 57 + 128)  # left, top, right, bottom
 
@@ -111,7 +110,9 @@ def _digits(ask: Request) -> Images:
     if ask.data is not None:
         raise ValueError(f"digits are embedded and need no data, got {ask.data}; your own images are called 'folder'")
     check_digits(ask.image_size, ask.channels)
-    digits = _sklearn_digits()
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
     images = torch.from_numpy(digits.images)[:, None] * (255 / 16)  # (N, 1, 8, 8), the source counts from 0 to 16
     if ask.image_size != 8:
         images = F.interpolate(images, size=ask.image_size, mode="bilinear")  # (N, 1, 16, 16)
@@ -121,13 +122,6 @@ def _digits(ask: Request) -> Images:
     images, labels = images[part], digits.target[part].astype(np.int64)
     about = machine.digest(np.ascontiguousarray(images), labels)
     return Images(images, labels, ask.name, fingerprint=about)
-
-
-@lru_cache
-def _sklearn_digits() -> Any:
-    from sklearn.datasets import load_digits
-
-    return load_digits()
 
 
 def check_digits(size: int, channels: int = 1) -> None:
@@ -297,8 +291,11 @@ def _one_per_file(ask: Request) -> Images:
     file = _entry(ask, "labels", (labels, len(names), times)) / "labels.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = np.array([shards.open_array(labels / name, None, check=False).item() for name in names], np.int64)
-        shards.save_array(file, found)
+        starts = range(0, len(names), shards.SHARD)  # all at once would take gigabytes
+        read = partial(shards.open_array, shape=None, check=False)
+        with ThreadPoolExecutor() as pool:
+            found = [one for i in starts for one in pool.map(read, [labels / n for n in names[i : i + shards.SHARD]])]
+        shards.save_array(file, np.array([one.item() for one in found], np.int64))
     numbers = np.array(shards.open_array(file, (len(names),)))
     shape = np.load(features / names[0], mmap_mode="r").shape[-4:]
     if len(shape) != 4 or shape[0] != 2:
@@ -399,16 +396,6 @@ def _decoded(
     images = shards.Shards(entry, "images", (len(items), *shape))
     about = machine.digest(images.seals(), labels_of(labels))
     return Images(images, labels, ask.name, fingerprint=about)
-
-
-def spaced(n: int, most: int) -> np.ndarray:
-    """Which of n images to take, at most so many and evenly spaced over all: growing int64."""
-    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
-
-
-def some(images: Images) -> np.ndarray:
-    """The images (N, C, H, W) uint8 to compare samples with: all of them, or evenly spaced ones that memory holds."""
-    return images.images[spaced(len(images.images), min(MOST, int(ROOM / math.prod(images.shape))))]
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:

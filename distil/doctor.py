@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, teachers
+from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, shards, teachers
 from distil.calibrate import Calibrated, Calibration
 from distil.command import Parser
 from distil.fast_loss import lift
@@ -72,7 +72,7 @@ class Case(NamedTuple):
     def compare(self, ways: Iterable[Way]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Rows for `report.table` and samples (n, C, H, W), of the teacher and each way, all from the same noise."""
         vae = self.sampler["vae"]
-        real = data.some(self.real) if vae is None else sample.decoded(vae, self.real, self.count)
+        real = shards.some(self.real.images) if vae is None else sample.decoded(vae, self.real, self.count)
         labels = sample.classes_in_turn(self.teacher, self.count).get("y")
         rows, samples = [], {}
         for name, net, about, process in [Way("teacher", self.teacher, {"method": "teacher"}, self.own), *ways]:
@@ -116,7 +116,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     clamped = process_of(first, told.process, told.spacing, clip_x0=True)
     process = folded(own, teacher, clamped, first)
     source = held_out or real
-    rows = data.spaced(len(source.images), n)
+    rows = shards.spaced(len(source.images), n)
     pixels, known = torch.from_numpy(source.images[rows]), source.conditions(rows)
     x0 = data.to_float(pixels) if pixels.dtype == torch.uint8 else pixels[:, 0]  # of latents, those not mirrored
     cond = {key: known[key].to(device) for key in teacher.conditions}

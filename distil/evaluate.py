@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import data, disk, machine, metrics, report, sample
+from distil import data, disk, machine, metrics, report, sample, shards
 from distil.command import Parser, flag, option
 from distil.process import Process, process_of
 from distil.settings import FREE, Settings, plain
@@ -66,7 +66,7 @@ def measure(
         return found
     report.curves(folder / "curves.png", folder / "log.jsonl")
 
-    real = data.some(images) if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
+    real = shards.some(images.images) if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
     classifier = metrics.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
     told = conditions(teacher, images, n)
     options = {"seed": settings.seed, "eta": settings.eta, "guidance": settings.guidance, "device": device}

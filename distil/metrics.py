@@ -292,7 +292,7 @@ def read_reference(path: str, extract: Extract) -> Reference:
 def reference(real: data.Images, extract: Extract, *, count: int = 50_000, cache: str | Path = data.CACHE) -> Reference:
     """Of N = min(count, all) train images evenly spaced over `real`, features float32 kept in `cache` under a hash of
     what they are of."""
-    rows = data.spaced(len(real.images), count)
+    rows = shards.spaced(len(real.images), count)
     some = real.images[rows[:: math.ceil(len(rows) / 64)]]  # not all have a fingerprint
     key = machine.digest(real.fingerprint.encode(), some.tobytes())[:8]
     size = "x".join(map(str, real.images.shape[1:]))

@@ -119,7 +119,7 @@ def visible(samples: Tensor) -> np.ndarray:
 
 def decoded(vae: Vae, latents: data.Images, n: int) -> np.ndarray:
     """The images (n, 3, H, W) uint8 behind n latents (not mirrored), evenly spaced over all of them."""
-    rows = data.spaced(len(latents.images), n)
+    rows = shards.spaced(len(latents.images), n)
     parts = np.array_split(rows, -(-len(rows) // 64))
     images = [vae.decode(torch.from_numpy(latents.images[part][:, 0])) for part in parts]
     return data.to_uint8(torch.cat(images)).numpy()

@@ -23,6 +23,17 @@ from distil import disk, machine
 
 MAX_CORRUPT = 0.01  # share of unreadable items that is tolerated
 SHARD = 8192  # rows in a file
+MOST, ROOM = 50_000, 2e9  # images, and bytes of them, that are held in memory to compare samples with
+
+
+def spaced(n: int, most: int) -> np.ndarray:
+    """Which of n rows to take, at most so many and evenly spaced over all: growing int64."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
+
+
+def some(images: "np.ndarray | Rows") -> np.ndarray:
+    """The images (N, C, H, W) uint8 to compare samples with: all of them, or evenly spaced ones that memory holds."""
+    return images[spaced(len(images), min(MOST, int(ROOM / math.prod(images.shape[1:]))))]
 
 
 class Rows:

@@ -8,7 +8,7 @@ import pytest
 from conftest import a_unet, refused
 from PIL import Image
 
-from distil import calibrate, data, doctor, sample
+from distil import calibrate, doctor, sample, shards
 from distil.process import DDPM, RectifiedFlow
 from models import regroup
 
@@ -103,9 +103,9 @@ def test_samples_are_compared_with_as_many_images_as_memory_holds(monkeypatch):
     seen = []
     monkeypatch.setattr(doctor.metrics, "score", lambda samples, teacher, real, *_: seen.append(real) or {})
     case.compare([])
-    monkeypatch.setattr(data, "ROOM", 4.5 * 64)  # bytes: four images
+    monkeypatch.setattr(shards, "ROOM", 4.5 * 64)  # bytes: four images
     case.compare([])
-    monkeypatch.setattr(data, "MOST", 3)
+    monkeypatch.setattr(shards, "MOST", 3)
     case.compare([])
     for found, rows in zip(seen, (range(12), [0, 4, 7, 11], [0, 6, 11]), strict=True):
         assert np.array_equal(found, whole[list(rows)])

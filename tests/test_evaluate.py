@@ -17,7 +17,7 @@ from test_metrics import means
 from test_report import cells
 from test_report import metrics as a_metrics
 
-from distil import data, evaluate, metrics, report, sample
+from distil import data, evaluate, metrics, report, sample, shards
 from distil.process import DDPM
 from distil.settings import Settings
 from models import DiT
@@ -72,7 +72,7 @@ def test_teacher_and_students_are_scored_on_the_same_noise():
 
 
 def test_large_sets_are_compared_by_some_of_their_images(monkeypatch):
-    monkeypatch.setattr(data, "ROOM", 40 * 64)  # bytes: 40 images
+    monkeypatch.setattr(shards, "ROOM", 40 * 64)  # bytes: 40 images
     found, _ = measured("some", a_unet(0), [a_unet(1)], kd=("out",))
     assert "40 real, 12 generated" in found["protocol"]
     of_teacher = sample.sample(a_unet(0), DDPM(), 12, seed=0, steps=3, progress=False)
