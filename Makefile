@@ -6,7 +6,7 @@ CPU_BUILDS := https://download.pytorch.org/whl/cpu
 .PHONY: demo test test-floor notebooks address
 
 demo: .venv/demo
-	.venv/bin/python train.py --kd none out lift place --lambda-feat 0 --steps 1200 --eval-samples 1000 --out runs/demo
+	.venv/bin/python train.py --channels 48 --kd none out lift place --lambda-feat 0 --steps 1200 --eval-samples 1000 --out runs/demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

@@ -172,9 +172,6 @@ def test_the_demo_gives_the_numbers_that_the_front_page_expects():
     found["teacher"] = f"{run['teacher']['frechet_pixels']:.1f}"
     sentence = re.search(r"Expect a Frechet distance in the pixels \(`Frechet px`\)(.*?)\.\n", PAGES[README], re.DOTALL)
     assert dict(re.findall(r"`?(\w+)`?\s+([\d.]+\d)", sentence[1])) == found
-    other = json.loads((ROOT / "benchmarks/digits8-demo-other/metrics.json").read_text("utf-8"))["students"]
-    sentence = re.search(r"on another processor the students came to (.*?)\.\n", PAGES[README])
-    assert re.findall(r"[\d.]+", sentence[1]) == [f"{student['frechet_pixels']:.1f}" for student in other]
     recipe = re.search(r"^demo:.*?\n\t\S+ train\.py (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     asked = settings.plain(settings.parse(shlex.split(recipe)))
     free = settings.FREE | {"device"}
