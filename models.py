@@ -354,7 +354,6 @@ class UNet(Network):
                 self.down[i].downsample = nn.Module()
                 self.down[i].downsample.conv = nn.Conv2d(width, width, 3, stride=2)
                 skips.append(width)
-
         self.mid = nn.Module()
         self.mid.block_1 = ResnetBlock(width, width, d, dropout)
         self.mid.attn_1 = AttnBlock(width)
