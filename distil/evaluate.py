@@ -185,8 +185,9 @@ def join(runs: Sequence[Path]) -> str:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what train.py writes: {type(error).__name__} {error}") from error
     labels, protocols = differences(runs, [settings for _, settings in found]), {}
-    told = {label: {protocol for one, (protocol, _) in zip(labels, found, strict=True) if one == label}
-            for label in labels}  # fmt: skip
+    told: dict[str | None, set[str]] = {}  # runs that would count as one, but were scored otherwise, stand apart
+    for label, (protocol, _) in zip(labels, found, strict=True):
+        told.setdefault(label, set()).add(protocol)
     labels = [label if len(told[label]) == 1 else str(run) for run, label in zip(runs, labels, strict=True)]
     for label, (protocol, _), of_run in zip(labels, found, rows, strict=True):
         protocols.setdefault(protocol, {})[label] = None
