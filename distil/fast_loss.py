@@ -89,13 +89,15 @@ class _Lines(torch.autograd.Function):
         student, teacher, order, e_mean, s_mean, n_var, slope = ctx.saved_tensors
         grad_b0, grad_slope, b1 = grad_b0.unsqueeze(-1), grad_slope.unsqueeze(-1), 1 + slope  # (B, C, G, 1)
         # With s and e centred: d slope / ds = (e - (b1 + slope) s) / n_var, d b0 / ds = -s_mean d slope / ds - b1 / n,
-        # and with b0 and b1 held fixed d fine / ds = -2 b1 (e - slope s) / (B C N).
+        # and with b0 and b1 held fixed d fine / ds = -2 b1 (e - slope s) / (B C N). Where s is flat, n_var is as small
+        # as n eps: what rounding leaves of the means is as large as the gradient then, so it is taken out again.
         line = (grad_slope - s_mean * grad_b0) / n_var  # (B, C, G, 1)
-        of_e = line - grad_fine * 2 / student.numel() * b1  # (B, C, G, 1)
-        of_s = -(of_e * slope + line * b1)  # (B, C, G, 1)
-        rest = of_e * e_mean + of_s * s_mean + grad_b0 * b1 / ctx.n  # (B, C, G, 1)
-        e, s = _grouped(teacher - student, order, ctx.n), _grouped(student, order, ctx.n)  # (B, C, G, n)
-        grad = e.mul_(of_e).addcmul_(s, of_s).sub_(rest).flatten(2)  # (B, C, N)
+        of_t = line - grad_fine * 2 / student.numel() * b1  # (B, C, G, 1), with t = e + s
+        of_s = -(of_t + line) * b1  # (B, C, G, 1)
+        t, s = _grouped(teacher, order, ctx.n), _grouped(student, order, ctx.n)  # (B, C, G, n)
+        t, s = t - (e_mean + s_mean), s - s_mean  # (B, C, G, n)
+        grad = t.mul_(of_t).addcmul_(s, of_s)  # (B, C, G, n)
+        grad = grad.sub_(grad.mean(-1, keepdim=True) + grad_b0 * b1 / ctx.n).flatten(2)  # (B, C, N)
         grad = grad if order is None else s.flatten(2).scatter_(-1, order, grad)  # back where they came from
         return grad, None, None, None, None, None
 

@@ -146,3 +146,24 @@ def test_outputs_that_lie_in_memory_as_on_a_gpu_are_taken():
     assert student.numel() >= fast_loss.RADIX
     for one, other in zip(found, fast_loss.place(student, teacher), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@every_way
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+def test_both_files_agree_where_the_variance_is_that_of_rounding(function, options, noise):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        student, teacher = (level + noise * torch.randn(2, 2, 8, 8, generator=generator) for level in (0.3, 0.7))
+        results = [
+            getattr(file, function)(student.requires_grad_(), teacher, **options) for file in (lift_place, fast_loss)
+        ]
+        want, got = (torch.autograd.grad(kd.loss, student)[0] for kd in results)
+        assert want.norm() > 0 and not off(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_both_files_agree_where_an_image_has_one_pixel(norm):
+    student, teacher = (torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    results = [file.lift(student.requires_grad_(), teacher, norm=norm) for file in (lift_place, fast_loss)]
+    want, got = (torch.autograd.grad(kd.loss, student)[0] for kd in results)
+    assert want.abs().min() > 0 and not off(got, want, 1e-5)
