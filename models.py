@@ -127,7 +127,8 @@ class Network(nn.Module):
         return [[layer, *inside][-1].weight.shape[0] for layer, inside in zip(layers, convs, strict=True)]
 
     def attention_macs(self) -> int:
-        """Multiply-adds of the products inside attention, for one sample; counters of layers miss them."""
+        """Multiply-adds of the products inside attention, for one sample; counters of layers miss them. A U-Net's are
+        left out, as in the counts that Diff-Pruning publishes."""
         return 0
 
     def settle(self, dtype: torch.dtype) -> None:
@@ -174,6 +175,8 @@ class Network(nn.Module):
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes model.safetensors and config.json into `folder`; `load(folder)` gives the network back, bit for bit.
+
+        Half precision comes back as the same numbers in float32.
 
         Each file appears whole or not at all, config.json last: a new folder without it is unfinished.
         """
@@ -410,12 +413,14 @@ class UNet(Network):
 
     @torch.no_grad()
     def check_widths(self) -> None:
-        side, training = 2 ** (self.levels - 1), self.training  # of the smallest images that it takes
-        x_t = self.conv_in.weight.new_zeros(2, self.shape[0], side, side)  # on the meta device this would take longer
+        side, training = min(self.shape[1], 2**self.levels), self.training  # small, with 2x2 pixels at the lowest level
+        x_t = self.conv_in.weight.new_zeros(1, self.shape[0], side, side)  # on the meta device this would take longer
         try:
-            output = self.eval()(x_t, x_t.new_zeros(2))
-        except RuntimeError as error:
-            raise ValueError(f"the shapes of the weights do not fit together: {error}") from error
+            output = self.eval()(x_t, x_t.new_zeros(1))
+        except (RuntimeError, ValueError) as error:  # an instance norm takes no single pixel
+            raise ValueError(
+                f"the shapes of the weights do not fit together, or {side}x{side} pixels: {error}"
+            ) from error
         finally:
             self.train(training)
         if output.shape[1] != self.config["out_channels"]:
@@ -645,7 +650,7 @@ NETWORKS = {"UNet": UNet, "DiT": DiT}  # what a config.json may name as its "cla
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that change with any bit of the tensors, wherever they are."""
+    """16 hexadecimal digits that change with any bit of the tensors, whatever device they are on."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -10,8 +10,9 @@ distil -> evaluate, and lives in one folder: config.json, log.jsonl, checkpoint.
 metrics.json. The same command resumes it. Everything random is a function of (seed, step), so a resumed run equals an
 uninterrupted one, and but for dropout and learned blocks it does not matter over how many processes a batch is split.
 
-Ctrl-C and SIGTERM finish the step, save, and exit with 130 and 143, so that a scheduler may queue the command again;
-once more ends at once. Exit code 2: something cannot be used. 3: a student diverged, it keeps its last finite weights.
+Ctrl-C and SIGTERM finish a step of training, save, and exit with 130 and 143, so that a scheduler may queue the command
+again; once more ends at once. Exit code 2: something cannot be used. 3: a student diverged and keeps its last finite
+weights.
 """
 
 from __future__ import annotations
@@ -328,6 +329,8 @@ def train(
             number = stop.agreed(students[0].device, last)
             if number or last or (at + 1) % settings.save_every == 0:
                 save_checkpoint(settings, students, folder, at + 1, images)
+            if last:  # a signal may have come while that was written
+                number = stop.agreed(students[0].device, last)
             if number:
                 say(f"{folder}: stopped and saved; the same command goes on")
                 raise SystemExit(128 + number)

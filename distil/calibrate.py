@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,7 +53,8 @@ class Calibration(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """x_t (B, C, *spatial), t (B,), output (B, C or 2 C, *spatial) -> the output, its prediction corrected."""
-        after = torch.searchsorted(self.times, t.float()).clamp(max=len(self.times) - 1)  # (B,), the first not below t
+        t = t.float()
+        after = torch.searchsorted(self.times, t).clamp(max=len(self.times) - 1)  # (B,), the first not below t
         before = (after - 1).clamp(min=0)
         gap = (self.times[after] - self.times[before]).clamp(min=1e-6)
         share = ((t - self.times[before]) / gap).clamp(0, 1)[:, None, None, None]  # (B, 1, 1, 1)
@@ -78,7 +79,9 @@ class Calibration(nn.Module):
 
 
 class Calibrated(Network):
-    """A network whose predictions a calibration corrects; like any other in all that `models.Network` declares.
+    """A network whose predictions a calibration corrects; like any other in all that sampling and scoring ask for.
+
+    To prune or train it take `net`: a calibration is for these weights only, so what would change them is refused.
 
     Guidance and variance: each prediction is corrected, with and without the condition, before guidance extrapolates
     from one to the other; what a network says of its variance stays.
@@ -96,9 +99,15 @@ class Calibrated(Network):
         self.net.save(folder)
         self.head.save(folder)
 
+    def _refuse(self, *arguments: Any, **options: Any) -> NoReturn:
+        raise ValueError("a calibration is for these weights only: take `net`, the network without it, and fit it anew")
+
+    norms = keep_blocks = set_head = reset_parameters = recompute = _refuse
+
 
 for _name in (*Network.__annotations__, "fit", "no_condition", "attention_macs", "settle"):  # as the network has them
     setattr(Calibrated, _name, property(attrgetter(f"net.{_name}")))
+Calibrated.pruning = property(Calibrated._refuse)
 
 
 def load(folder: str | os.PathLike, calibrated: bool = True) -> Network:

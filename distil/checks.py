@@ -62,11 +62,13 @@ def check_machine(settings: Settings) -> None:
 
 
 def check_images(settings: Settings, images: data.Images) -> None:
-    """ValueError where there are too few images to score samples, or none that --group-size divides."""
+    """ValueError where there are too few images to score samples, or they are not as the settings say."""
     n = len(images.images)
     if settings.eval_samples and n < 6:
         remedy = "add images, or evaluate nothing with --eval-samples 0"
-        raise ValueError(f"{settings.data} holds {n} images, too few to compare samples with: {remedy}")
+        raise ValueError(f"{settings.data} holds too few images to compare samples with, {n} and not 6: {remedy}")
+    if settings.vae is not None and images.record is None:
+        raise ValueError(f"--vae is for latents, but {settings.data or settings.dataset} holds images: leave it out")
     check_clip(settings.clip_x0, latents=images.record is not None)
     _, height, width = images.shape
     if (n := height * width) % settings.group_size:

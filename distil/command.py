@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import signal
 import sys
 from dataclasses import field, fields
@@ -57,9 +58,9 @@ def check(name: str, value: Any, limits: Any) -> None:
         hint = "; several are separated by spaces" if "," in str(value) else hint
         raise ValueError(f"{name} {value} is not known, choose from {', '.join(choices)}{hint}")
     bounds = [(limits[key], compare, text) for key, compare, text in LIMITS if key in limits]
-    if not all(compare(value, bound) for bound, compare, _ in bounds):
-        wanted = " and ".join(f"{text} {bound}" for bound, _, text in bounds)
-        raise ValueError(f"{name} {value} cannot be used, it must be {wanted}")
+    if missed := [f"{text} {bound}" for bound, compare, text in bounds if not compare(value, bound)]:
+        hint = f"; {value:g} % is {value / 100:g}" if limits.get("below") == 1 and 1 < value < 100 else ""
+        raise ValueError(f"{name} {value} cannot be used, it must be {' and '.join(missed)}{hint}")
 
 
 def check_fields(given: Any) -> None:
@@ -82,11 +83,20 @@ def leave_on_signals(program: str) -> None:
         signal.signal(number, leave)
 
 
+KINDS = {  # what their values look like
+    "int": "a whole number, as 1000",
+    "float": "a number, as 0.9",
+    "numbers": "whole numbers with commas between them, as 1,2,2",
+    "number_or_numbers": "a whole number, or several with commas between them, as 0,40,80",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one sentence and exit code 2."""
 
     def __init__(self, program: str, description: str | None = None):
-        super().__init__(program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(program, description=description, formatter_class=raw, allow_abbrev=False)
 
     def parse_args(self, argv: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """As argparse's; a program whose own command line this is ends with one line on Ctrl-C and SIGTERM."""
@@ -99,6 +109,8 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.65)
         if message.startswith("unrecognized") and unknown.startswith("--") and near:
             message = f"there is no {unknown}; did you mean {near[0]}?"
+        if wrong := re.match(r"argument (\S+): invalid (\w+) value: '(.*)'", message):
+            message = f"{wrong[1]} {wrong[3]} cannot be used, it must be {KINDS[wrong[2]]}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_options(self, kind: type, presets: tuple[str, ...] = (), groups: dict[str, str] | None = None) -> None:

@@ -96,7 +96,7 @@ def load(
         raise ValueError(f"unknown data set {name!r}: known are {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
-    read, default_size, default_channels = DATASETS[name]
+    read, default_size, default_channels, _ = DATASETS[name]
     size = default_size if image_size is None else image_size
     channels = default_channels if channels is None else channels
     if default_size is not None and (size < 1 or channels not in (1, 3, None)):
@@ -311,15 +311,20 @@ def labels_of(labels: np.ndarray | None) -> bytes:
     return b"" if labels is None else labels.tobytes()
 
 
-DATASETS = {  # name: (what loads it, default image size, default channels); None: what the files say
-    "digits": (_digits, 8, 1),
-    "folder": (_folder, 64, None),
-    "celeba": (_celeba, 64, 3),
-    "lsun_bedroom": (partial(_lsun, "bedroom"), 256, 3),
-    "lsun_church": (partial(_lsun, "church_outdoor"), 256, 3),
-    "cifar10": (_cifar10, 32, 3),
-    "latents": (_latents, None, None),
-    "imagenet": (_latents, 256, None),
+GIVEN = "its folder is given with --data"
+BY_HAND = f"read from {ROOT}/, which has to hold it: files that are fetched by hand"
+FETCHED = f"read from {ROOT}/, to which it is downloaded first"
+
+# name: (what loads it, default image size, default channels, where it comes from); None: what the files say
+DATASETS = {
+    "digits": (_digits, 8, 1, "they come with scikit-learn"),
+    "folder": (_folder, 64, None, GIVEN),
+    "celeba": (_celeba, 64, 3, f"{FETCHED}, if Google lets it: else you are told what to fetch by hand"),
+    "lsun_bedroom": (partial(_lsun, "bedroom"), 256, 3, BY_HAND),
+    "lsun_church": (partial(_lsun, "church_outdoor"), 256, 3, BY_HAND),
+    "cifar10": (_cifar10, 32, 3, FETCHED),
+    "latents": (_latents, None, None, GIVEN),
+    "imagenet": (_latents, 256, None, GIVEN),
 }
 
 

@@ -94,6 +94,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     folders, settings, device = sample.find_networks([run]), run_settings(run), machine.find_device(flags.device)
     if settings is None and None in (flags.teacher, images):
         raise ValueError(f"{run} belongs to no run: give --teacher, a network, and --images, a folder or digits")
+    sample.check_names(folder.name for folder in folders.values())
     students = {folder.name: job.nets[name].to(device).eval() for name, folder in folders.items()}
     first, sampler = next(iter(students.values())), job.arguments[next(iter(folders))]
     if images is None:

@@ -91,4 +91,6 @@ def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path
     differ = [name for name in now if name not in free and now[name] != former[name]]
     if differ:
         changes = ", ".join(f"{flag(name)} was {former[name]}, is {now[name]}" for name in differ)
-        raise ValueError(f"{path} is of a run with other settings ({changes}): give the former ones, or another --out")
+        remedy = "give the former ones, or another --out"
+        remedy += ", and --student to go on from there" if differ == ["steps"] else ""
+        raise ValueError(f"{path} is of a run with other settings ({changes}): {remedy}")

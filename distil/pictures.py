@@ -25,7 +25,7 @@ def image_files(folder: Path, wanted: Sequence[str] = ()) -> list[str]:
     FileNotFoundError: no such folder. ValueError: no images; the message says what else was `wanted`."""
     if not folder.is_dir():
         wrong = f"{folder} is a file:" if folder.is_file() else f"there is no folder {folder};"
-        raise FileNotFoundError(f"{wrong} data must name a folder of images")
+        raise FileNotFoundError(f"{wrong} data must name a folder of images, an archive's unpacked")
 
     def stop(error: OSError) -> None:  # os.walk would leave out a folder that it may not read
         raise error

@@ -157,8 +157,6 @@ def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Im
 
 def open_vae(settings: Settings, images: data.Images, device: torch.device) -> text_to_image.Vae | None:
     """The VAE that shows what latents look like, if samples are to be drawn; ValueError if it is not the data's."""
-    if images.record is None and settings.vae is not None:
-        raise ValueError(f"--vae is for latents, but {settings.data or settings.dataset} holds images")
     if images.record is None or not settings.eval_samples:
         return None
     where = settings.vae or images.record["vae"]
@@ -217,7 +215,7 @@ def dry_run(settings: Settings) -> str:
     settings = as_large(settings, asked, given)
     lines = [json.dumps(plain(settings), indent=2)]
     if settings.data is None:
-        lines.append(f"data: {settings.dataset}; what is not in {data.ROOT}/ is fetched, or you are told from where")
+        lines.append(f"data: {settings.dataset}; {data.DATASETS[settings.dataset][3]}")
     else:
         lines.append(f"data: {settings.data}" + ("" if Path(settings.data).is_dir() else " is missing"))
     lines.append(f"teacher: {file}" + ("" if there else f" {otherwise}"))
@@ -235,7 +233,7 @@ def dry_run(settings: Settings) -> str:
 def pretended(settings: Settings, channels: int | None = None) -> data.Images | None:
     """Images as those of a run are, without a pixel of them; None for latents that are not there. Those of a folder are
     counted, of others there are ten, without a fingerprint. channels: of a folder's images; None takes 3."""
-    _, _, own = data.DATASETS[settings.dataset]
+    _, _, own, _ = data.DATASETS[settings.dataset]
     channels = own or channels
     if settings.dataset == "digits":
         data.check_digits(settings.image_size)

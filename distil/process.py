@@ -21,9 +21,10 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise, repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -340,10 +341,13 @@ class DDPM(Process):
         gaps that differ by at most one.
         """
         if self.spacing == "quad":
-            last, n = math.sqrt(0.8 * self.steps), max(steps - 1, 1)
-            return sorted({int((i * (last / n)) ** 2) for i in range(steps)}, reverse=True)
+            squares = np.linspace(0, math.sqrt(0.8 * self.steps), steps) ** 2
+            return sorted({int(t) for t in squares}, reverse=True)
         if self.spacing == "linspace":
-            return [round(i * (self.steps - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
+            stride = (self.steps - 1) / max(
+                steps - 1, 1
+            )  # added up, as there, which decides where halves are rounded to
+            return [round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0)][::-1]
         return [i * self.steps // steps for i in reversed(range(steps))]
 
     def check_eta(self, eta: float) -> None:

@@ -11,7 +11,7 @@ Image i of a seed starts from the same noise in every network, so images of two 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,12 +253,20 @@ def find_networks(runs: Sequence[Path]) -> dict[str, Path]:
     several = [run.name == "student" and not (run / "config.json").exists() for run in runs]
     for run in [run.parent if of_run else run for run, of_run in zip(runs, several, strict=True)]:
         students, name = sorted(file.parent for file in run.glob("student/**/config.json")), run.resolve().name
+        if (run / ".lock").exists() and not any(run.glob("**/model.safetensors")):
+            raise ValueError(f"{run} is a run that has no student yet: the command that began it goes on")
         for folder in students or [run]:
             called = f"{name}-{folder.name}" if len(students) > 1 else name
             if called in found:
                 raise ValueError(f"{folder} has the name of one before it: give it a call of its own")
             found[called] = folder
     return found
+
+
+def check_names(names: Iterable[str]) -> None:
+    """ValueError where a network that is to stand beside its teacher is called so, too."""
+    if "teacher" in names:
+        raise ValueError("a student in a folder called teacher would take the teacher's place in tables: rename it")
 
 
 def open_networks(runs: Sequence[Path], calibrated: bool = True) -> dict[str, Network]:
@@ -306,6 +314,7 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     if any("text" in net.conditions for net in nets.values()):
         given, text = open_text(flags, device)
         flags = replace(flags, vae=flags.vae or flags.teacher)
+        check_names(nets)
         nets = {"teacher": teachers.load(flags.teacher), **nets}
         null = {key: value[0] for key, value in text.encode([""]).items()}
         for net in nets.values():

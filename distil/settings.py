@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -199,23 +200,15 @@ class Settings:
             )
         if self.sampler == "pndm" and (self.eta > 0 or self.fold_steps is not None or self.clip_x0):
             raise ValueError("--sampler pndm goes without --eta, --fold-steps and --clip-x0: use --sampler ddim")
-        arch = ARCHS[self.arch]
-        if self.recompute and not arch.text:
-            raise ValueError("--recompute is for --arch sd and mmdit; elsewhere --accumulate saves memory")
-        if self.head is not None and arch.text:
-            raise ValueError(f"--head is for --arch unet and dit: {self.arch} takes none")
-        if self.keep is not None and arch.pruning != "blocks":
-            raise ValueError("--keep names blocks of a transformer: use --prune, or --arch dit")
-        if arch.pruning != "channels" and self.norm_groups != "keep":
-            raise ValueError(
-                f"--norm-groups scale is of a U-Net that loses channels: --arch {self.arch} has none of it"
-            )
+        usual = preset(self.dataset, self.prune, self.arch, self.fold_steps)
+        for names, read, whose in READ:
+            for name in names if not read(self) else ():
+                if getattr(self, name) not in (None, self.__dataclass_fields__[name].default, usual.get(name)):
+                    raise ValueError(f"{flag(name)} {whose}: leave it out")
         if self.keep is not None and self.student is not None:
             raise ValueError("--keep names blocks of the teacher, and --student brings its own: give one of the two")
-        if arch.pruning == "blocks" and (self.channel_mults or self.teacher_norm_groups):
-            raise ValueError("--channel-mults and --teacher-norm-groups are of a U-Net: use --arch unet")
         drawn = ("--depth-method", self.depth_method)
-        if arch.pruning == "channels":
+        if ARCHS[self.arch].pruning == "channels":
             drawn = ("--importance", self.importance)
         chosen = drawn[1] != "random" or self.student or self.keep or self.prune == 0
         chosen = chosen and self.head is None and not SD_STUDENTS.get(self.student)  # these draw weights as well
@@ -230,12 +223,8 @@ class Settings:
                 f"--halve-group-size {self.halve_group_size} cannot be used: groups of {self.group_size} elements "
                 "must stay whole, and of at least 2"
             )
-        if self.schedule != "adaptive" and not {"lift", "place"} & {*self.kd}:
-            raise ValueError(f"--schedule {self.schedule} is of lift and place: name one of them with --kd")
         if self.schedule == "learned" and self.fsdp:
             raise ValueError("--schedule learned does not go with --fsdp: use DDP, or another schedule")
-        if self.fold_end is not None and not isinstance(self.fold_steps, int):
-            raise ValueError("--fold-end says how T' timesteps end: use it with --fold-steps and a number")
         if self.fold_steps is not None:
             self._refuse_fold()
         if "none" in self.kd and self.lambda_diff == 0:
@@ -288,6 +277,31 @@ def brief(value: Any) -> str:
     if isinstance(value, tuple):
         return ".".join(map(str, value))
     return "" if value is True else f"{value:g}"
+
+
+# Which flags are read only sometimes, and when. Unread, another value than the usual one would name a run like another.
+READ: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
+    (("importance", "norm_groups"), lambda s: ARCHS[s.arch].pruning == "channels",
+     "is of a U-Net that loses channels, --arch unet"),
+    (("channel_mults", "num_res_blocks", "teacher_norm_groups"), lambda s: ARCHS[s.arch].pruning != "blocks",
+     "is of a U-Net, --arch unet"),
+    (("keep", "depth_method"), lambda s: ARCHS[s.arch].pruning == "blocks",
+     "is of a transformer that loses blocks, --arch dit or mmdit"),
+    (("prune",), lambda s: s.keep is None, "says how many blocks go, and --keep which ones stay"),
+    (("depth_steps",), lambda s: s.depth_method == "learned", "is of --depth-method learned"),
+    (("taylor_threshold", "taylor_batch", "taylor_steps"), lambda s: s.importance == "taylor",
+     "is of --importance taylor"),
+    (("recompute",), lambda s: ARCHS[s.arch].text, "is for --arch sd and mmdit; elsewhere --accumulate saves memory"),
+    (("caption_dropout",), lambda s: ARCHS[s.arch].text, "is for networks that read captions, --arch sd and mmdit"),
+    (("head",), lambda s: not ARCHS[s.arch].text, "is for --arch unet and dit"),
+    (("flip",), lambda s: s.dataset != "digits", "is not of digits, which mirrored are none"),
+    (("lr_end",), lambda s: s.decay == "cosine", "is of --decay cosine"),
+    (("lambda_hidden",), lambda s: s.fold_steps is not None, "is of --fold-steps"),
+    (("fold_end",), lambda s: isinstance(s.fold_steps, int), "is of --fold-steps and a number"),
+    (("schedule",), lambda s: {"lift", "place"} & {*s.kd}, "is of --kd lift and place"),
+    (("halve_group_size",), lambda s: "place" in s.kd, "is of --kd place"),
+    (("lift_per",), lambda s: "lift" in s.kd, "is of --kd lift"),
+)  # fmt: skip
 
 
 def once(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from distil.calibrate import FILE, Calibrated, Calibration, fit_calibration
 from distil.doctor import open_case
 from distil.process import DDPM, Guided, RectifiedFlow, process_of
 from distil.settings import parse
-from models import DiT, Network, UNet, correct, fingerprint, statistics
+from models import DiT, Network, UNet, correct, fingerprint, prune_channels, regroup, statistics
 
 TIMES = [40, 400, 800]
 
@@ -176,7 +177,7 @@ def test_a_calibrated_network_is_like_any_other():
         calibration = Calibration(torch.tensor([400.0]), planted(inner.shape[0])[:1], {})
         net = Calibrated(inner, calibration)
         inner.process = {"fold": 20}
-        for name in Network.__annotations__.keys() - {"blocks"} | {"num_classes", "predicts_variance"}:
+        for name in Network.__annotations__.keys() - {"blocks", "pruning"} | {"num_classes", "predicts_variance"}:
             if hasattr(inner, name):
                 assert getattr(net, name) is getattr(inner, name), name
         assert process_of(net).steps == 20 and net.no_condition() == inner.no_condition()
@@ -184,6 +185,26 @@ def test_a_calibrated_network_is_like_any_other():
         before = fingerprint(net.state_dict().values())
         calibration.weights[0, 0, 0, 0] += 1e-3
         assert fingerprint(net.state_dict().values()) != before  # samples on disk tell the difference
+
+
+def test_what_would_change_the_weights_below_a_calibration_is_refused():
+    for inner in (a_unet(), dit()):
+        net, before = (
+            Calibrated(inner, Calibration(torch.tensor([400.0]), planted(inner.shape[0])[:1], {})),
+            inner.config,
+        )
+        for change in (partial(prune_channels, net, 0.5), partial(regroup, net, 2), partial(net.set_head, "statistics"),
+                       net.reset_parameters, partial(net.keep_blocks, [0])):  # fmt: skip
+            with pytest.raises(ValueError, match="take `net`, the network without it"):
+                change()
+        assert inner.config == before and isinstance(net.head, Calibration)
+
+
+def test_times_of_any_precision_are_taken():
+    calibration = Calibration(torch.tensor([0.0, 400.0, 900.0]), planted(1), {})
+    x, times = images(3), torch.tensor([0, 250, 950])
+    want = calibration(x, times, x)
+    assert torch.equal(calibration(x, times.double(), x), want) and not torch.equal(want, x)
 
 
 def test_saved_and_loaded_bit_for_bit_and_off_by_one_word(tmp_path):

@@ -728,6 +728,10 @@ REFUSED = [
     (partial(PRUNE, 0.5, "magnitud"), '"magnitude", "taylor", "random" or a function'),
     (partial(PRUNE, 0.5, "taylor"), r'"taylor" needs gradients: call accumulate_gradients\(net, \.\.\.\) first'),
     (partial(PRUNE, 0.5, norm_groups="drop"), '"keep" or "scale"'),
+    (
+        partial(prune_channels, UNet(2, 1, channels=8, channel_mults=(1, 1), norm_groups=4), 0.9, "random"),
+        "or 2x2 pixels",
+    ),
     (partial(prune_channels, nn.Linear(1, 1), 0.5), "not a Linear"),
     (partial(regroup, ON_META, 0), "at least 1, not 0"),
     (partial(regroup, ON_META, {}), "must name the norms down.0.block.0.norm1, .*, not none"),

@@ -72,7 +72,11 @@ def test_a_dry_run_says_what_there_is_and_what_is_missing(tmp_path, monkeypatch)
     a_unet().save("net")
     (tmp_path / "x").mkdir()
     last = {
-        "--channels 16": ["digits; what is not in data/", "is trained first, 1,700 steps", "1,500 steps of 32 images"],
+        "--channels 16": [
+            "digits; they come with scikit-learn",
+            "is trained first, 1,700 steps",
+            "1,500 steps of 32 images",
+        ],
         "--teacher net": ["digits", "teacher: net", "; students "],
         "--teacher nope.pth": ["digits", "nope.pth is missing"],
         "--dataset celeba --data y": [
@@ -119,7 +123,7 @@ def test_what_the_data_does_not_know_is_asked_for(monkeypatch):
     with pytest.raises(ValueError, match="--teacher X needs captions, and pictures has none: make its latents with"):
         networks.check_conditions("--teacher X", ("text",), "pictures", images_of())
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: images_of(5))
-    with pytest.raises(ValueError, match="pictures holds 5 images, too few to compare samples with"):
+    with pytest.raises(ValueError, match="pictures holds too few images to compare samples with, 5 and not 6"):
         prepare.open_data(settings)
     assert len(prepare.open_data(Settings(data="pictures", eval_samples=0, group_size=8))[0].images) == 5
 

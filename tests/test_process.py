@@ -128,11 +128,21 @@ def test_uniform_timesteps_are_drawn_alone():
 
 def test_quadratic_timesteps_are_those_of_ddim():
     """https://github.com/ermongroup/ddim, skip_type "quad"; from one to the same a step changes nothing."""
-    for total, steps in ((1000, 100), (1000, 10), (200, 7), (5, 5), (1000, 1)):
+    for total, steps in ((1000, 100), (1000, 98), (1000, 10), (200, 7), (5, 5), (1000, 1)):
         published = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), steps) ** 2]
         ours = DDPM(total, spacing="quad").timesteps(steps)
         assert ours == sorted(set(published), reverse=True)
     assert len(DDPM(spacing="quad").timesteps(100)) == 96 and DDPM(spacing="quad").timesteps(100)[0] == 800
+
+
+def test_timesteps_from_end_to_end_are_those_of_dit():
+    """https://github.com/facebookresearch/DiT, space_timesteps: a stride that is added up, then rounded."""
+    for total, steps in ((1000, 250), (1000, 21), (1000, 53), (100, 7), (1000, 1000), (5, 1)):
+        at, published = 0.0, []
+        for _ in range(steps):
+            published.append(round(at))
+            at += (total - 1) / max(steps - 1, 1)
+        assert DDPM(total, spacing="linspace").timesteps(steps) == published[::-1]
 
 
 def test_training_times_of_a_flow_are_those_of_the_reference_trainer():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import a_unet
+from conftest import a_unet, refused
 from PIL import Image
 from torch import nn
 
@@ -366,3 +366,10 @@ def test_bad_input_is_one_sentence(arguments, words, pipelines, networks, monkey
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and not out and words in err
     assert err.startswith("distil.sample: error: ") and err.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_a_run_that_has_no_student_yet_is_said_to_be_one(tmp_path, capsys):
+    (tmp_path / ".lock").touch()  # as train.py leaves it, whatever comes after
+    assert "is a run that has no student yet" in refused(sample.main, [str(tmp_path), "--num", "2"], capsys)
+    a_unet().save(tmp_path / "teacher")
+    assert "networks in it: teacher" in refused(sample.main, [str(tmp_path), "--num", "2"], capsys)

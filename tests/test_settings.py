@@ -114,7 +114,7 @@ def test_the_names_here_are_those_of_the_other_files():
     assert {*networks.NEW} < {*presets.ARCHS} == {row["arch"] for row in PRESETS}
     assert {row["dataset"] for row in PRESETS} == set(data.DATASETS)
     for row in PRESETS:
-        _, image_size, _ = data.DATASETS[row["dataset"]]
+        _, image_size, *_ = data.DATASETS[row["dataset"]]
         assert row.get("image_size") in (image_size, None)
         assert PRESETS[0].keys() - {"image_size"} <= row.keys() <= {*Settings.__dataclass_fields__, "network"}
     for name in settings.PRECISIONS:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, free_ports
+from conftest import ROOT, SMALL, a_unet, free_ports
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -386,7 +386,7 @@ def test_groups_are_halved_after_equal_parts_of_a_run():
 
 def test_a_line_may_be_that_of_a_sample():
     a, b = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    loss, parts = train.resolve(Settings(lift_per="sample"), "lift").output(a, b, None, 0)
+    loss, parts = train.resolve(Settings(kd=("lift",), lift_per="sample"), "lift").output(a, b, None, 0)
     assert loss == lift_place.lift(a, b, per="sample", reduction="sum").loss and parts.b0.shape == (2, 1, 1)
 
 
@@ -612,6 +612,22 @@ def test_processes_agree_on_the_step_at_which_they_stop(processes):
     codes = as_two(processes, [[*arguments, "--out", "runs/agreed"]], signal_at=2)
     assert codes == [128 + signal.SIGTERM] * 2
     assert torch.load("runs/agreed/checkpoint.pt", weights_only=True)["step"] == 4  # one step after it was told
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_signal_during_the_last_checkpoint_ends_the_run_before_its_evaluation(monkeypatch):
+    save = train.save_checkpoint
+
+    def saved(*given):
+        save(*given)
+        signal.raise_signal(signal.SIGTERM)
+
+    a_unet().save("ready")
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    with pytest.raises(SystemExit) as ended:
+        run("--teacher", "ready", "--kd", "none", "--steps", "2", "--out", "runs/late")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert Path("runs/late/checkpoint.pt").exists() and not Path("runs/late/metrics.json").exists()
 
 
 @pytest.mark.usefixtures("_quick")
@@ -926,7 +942,6 @@ REFUSED = [
     ("--arch dit --prune 0.75 --seeds 0 1", "keeps 2 of 8 blocks: the seeds would draw the same"),
     ("--arch dit --keep 0,99", "numbers from 0 to 7, not [0, 99]"),
     ("--arch dit --keep 0,two", "0,two"),
-    ("--keep 0,1", "use --prune, or --arch dit"),
     ("--arch dit --dataset celeba", "--arch dit has no preset for celeba"),
     ("--arch sd --dataset latents --data x", "--arch sd needs --teacher, a diffusers pipeline"),
     ("--dataset imagenet --depth-method luck", "--depth-method luck"),
@@ -938,8 +953,14 @@ REFUSED = [
     ("--schedule learned --fsdp", "--schedule learned does not go with --fsdp"),
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
     ("--head neck", "--head neck", "choose from statistics"),
-    ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit", "sd"),
-    ("--arch dit --norm-groups scale", "--norm-groups scale is of a U-Net", "--arch dit has none of it"),
+    ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit: leave it out"),
+    ("--arch dit --norm-groups scale", "--norm-groups is of a U-Net that loses channels", "leave it out"),
+    ("--keep 0,2", "--keep is of a transformer that loses blocks", "--arch dit", "leave it out"),
+    ("--arch dit --keep 0,2 --prune 0.5", "--prune says how many blocks go, and --keep which ones stay"),
+    ("--importance magnitude --taylor-steps 5", "--taylor-steps is of --importance taylor: leave it out"),
+    ("--caption-dropout 0.5", "--caption-dropout is for networks that read captions"),
+    ("--lambda-hidden 3", "--lambda-hidden is of --fold-steps"),
+    ("--flip", "--flip is not of digits"),
     ("--arch dit --keep 0,1 --student {dit}", "--keep names blocks of the teacher", "give one of the two"),
     ("--arch dit --channel-mults 1,2", "--channel-mults", "--arch unet"),
     ("--group-size 7", "7", "64", "2, 4, 8, 16, 32, 64"),
@@ -980,10 +1001,16 @@ REFUSED = [
     ("--student {fold} --fold-steps 2 --kd out", "has 5 timesteps, this run 2"),
     ("--student {fold} --fold-steps 5 --fold-end last --kd out", "--student", "other noise at a timestep"),
     ("--guidance 7", "is told nothing, so it cannot be guided"),
-    ("--schedule learned --kd none out", "--schedule learned is of lift and place"),
+    ("--schedule learned --kd none out", "--schedule is of --kd lift and place"),
     ("--teacher auto", "no public teacher is known for digits, only for celeba"),
     ("--kd none,out", "--kd none,out is not known", "several are separated by spaces"),
     ("--taylor-threshold 5", "--taylor-threshold 5.0", "at most 1"),
+    ("--prune 90", "--prune 90.0 cannot be used, it must be below 1; 90 % is 0.9"),
+    ("--prune 90%", "--prune 90% cannot be used, it must be a number, as 0.9"),
+    ("--steps 1e3", "--steps 1e3 cannot be used, it must be a whole number, as 1000"),
+    ("--channel-mults 1,a", "--channel-mults 1,a cannot be used", "commas between them, as 1,2,2"),
+    ("--seed -1", "--seed -1 cannot be used, it must be at least 0\n"),
+    ("--dat x", "there is no --dat; did you mean --data?"),
     ("--arch dit --depth-method learned --prune 0.8 --teacher {deep}", "options a group, too many to choose from"),
     ("--sample-steps 1", "--sample-steps 1 cannot be used", "use more steps"),
     ("--teacher {rgb} --channels 8", "--channels is of a teacher that is trained here", "{rgb}", "leave it out"),
