@@ -94,8 +94,8 @@ class _Lines(torch.autograd.Function):
         line = (grad_slope - s_mean * grad_b0) / n_var  # (B, C, G, 1)
         of_t = line - grad_fine * 2 / student.numel() * b1  # (B, C, G, 1), with t = e + s
         of_s = -(of_t + line) * b1  # (B, C, G, 1)
-        t, s = _grouped(teacher, order, ctx.n), _grouped(student, order, ctx.n)  # (B, C, G, n)
-        t, s = t - (e_mean + s_mean), s - s_mean  # (B, C, G, n)
+        t = _centred(_grouped(teacher, order, ctx.n), e_mean + s_mean, order)  # (B, C, G, n)
+        s = _centred(_grouped(student, order, ctx.n), s_mean, order)  # (B, C, G, n)
         grad = t.mul_(of_t).addcmul_(s, of_s)  # (B, C, G, n)
         grad = grad.sub_(grad.mean(-1, keepdim=True) + grad_b0 * b1 / ctx.n).flatten(2)  # (B, C, N)
         grad = grad if order is None else s.flatten(2).scatter_(-1, order, grad)  # back where they came from
@@ -105,3 +105,8 @@ class _Lines(torch.autograd.Function):
 def _grouped(x: Tensor, order: Tensor | None, n: int) -> Tensor:
     """(B, C, N) in this order, and in groups of n: (B, C, G, n)."""
     return (x if order is None else x.gather(-1, order)).unflatten(-1, (-1, n))
+
+
+def _centred(x: Tensor, mean: Tensor, order: Tensor | None) -> Tensor:
+    """x (B, C, G, n) without its mean; what was put in order is a copy already, and is overwritten."""
+    return x - mean if order is None else x.sub_(mean)
