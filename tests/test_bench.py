@@ -155,7 +155,7 @@ def test_the_shares_of_a_run_add_up_in_small(tmp_path):
 def test_the_studies_that_train_refuse_in_one_sentence_before_they_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "fold.py: error: --sample-steps 1 cannot be used" in refused(fold.main, ["5", "1"], capsys)
-    assert "fold.py: error: argument steps: invalid int value" in refused(fold.main, ["few"], capsys)
+    assert "fold.py: error: steps few cannot be used, it must be a whole number" in refused(fold.main, ["few"], capsys)
     nowhere = ["out", "--dataset", "folder", "--data", "nowhere"]
     assert "head.py: error: there is no folder nowhere" in refused(head.main, nowhere, capsys)
     assert "--num 1 cannot be used" in refused(head.main, ["out", "--num", "1"], capsys)
