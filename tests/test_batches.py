@@ -19,7 +19,8 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_part_of_it_a_process_ta
 
     def drawn(seed, step, rows=slice(None)):
         cond = {"y": labels[rows], "unused": labels}
-        batch = draw(Settings(seed=seed, flip=True), pixels[rows], cond, DDPM(), net, step, rows=rows)
+        settings = Settings(data="photos", seed=seed, batch_size=32, flip=True)
+        batch = draw(settings, pixels[rows], cond, DDPM(), net, step, rows=rows)
         assert torch.equal(batch.x_t, DDPM().add_noise(batch.x0, batch.noise, batch.t))
         assert torch.equal(batch.target, batch.noise)
         return [*batch[:5], batch.cond["y"]]
