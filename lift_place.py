@@ -26,7 +26,7 @@ consecutive ones (K = 16), and each group gets a line of its own. K = H W is LIF
     0.05
 
 The three published settings are constants of this one function (`place(student, teacher, **PRESETS[name])`; adding
-`ridge=0` gives the numbers of the released code). The last two add eps to sums of squares there; here it is / K.
+`ridge=0` gives the numbers of the released code). There the last two add eps to a sum; here to the mean, so / K.
 
     name           networks and data                            norm   reduction   eps       added to the objective
     diff-pruning   pruned pixel-space U-Nets: CelebA, LSUN      l1     sum         1e-7      x 1

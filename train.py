@@ -326,10 +326,10 @@ def train(
                     say(f"{folder}: about {left / 60:,.0f} minutes for the other {settings.steps - at - 1:,} steps")
             learning = [student for student in learning if student.stopped is None]
             last = at + 1 == settings.steps or not learning
-            number = stop.agreed(students[0].device, last)
+            number = 0 if last else stop.agreed(students[0].device)
             if number or last or (at + 1) % settings.save_every == 0:
                 save_checkpoint(settings, students, folder, at + 1, images)
-            if last:  # a signal may have come while that was written
+            if last:  # asked here, for a signal may come while that is written
                 number = stop.agreed(students[0].device, last)
             if number:
                 say(f"{folder}: stopped and saved; the same command goes on")

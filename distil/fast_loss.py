@@ -74,7 +74,7 @@ class _Lines(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, order: Tensor | None, n: int, eps: float, ridge: float):
         e, s = _grouped(teacher - student, order, n), _grouped(student, order, n)  # (B, C, G, n)
         e_mean, s_mean = e.mean(-1, keepdim=True), s.mean(-1, keepdim=True)  # (B, C, G, 1)
-        e, s = e.sub_(e_mean), s - s_mean
+        e, s = e.sub_(e_mean), _centred(s, s_mean, order)
         n_var = torch.linalg.vector_norm(s, dim=-1, keepdim=True).square() + n * eps  # (B, C, G, 1)
         slope = ((s * e).sum(-1, keepdim=True) + (ridge - 1) * n * eps) / n_var  # (B, C, G, 1)
         residual = e.addcmul_(s, slope, value=-1)  # (B, C, G, n), t - b0 - b1 s
@@ -108,5 +108,5 @@ def _grouped(x: Tensor, order: Tensor | None, n: int) -> Tensor:
 
 
 def _centred(x: Tensor, mean: Tensor, order: Tensor | None) -> Tensor:
-    """x (B, C, G, n) without its mean; what was put in order is a copy already, and is overwritten."""
+    """Grouped x (B, C, G, n) without this mean (B, C, G, 1); one that was put in order is a copy, and overwritten."""
     return x - mean if order is None else x.sub_(mean)

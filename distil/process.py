@@ -344,9 +344,7 @@ class DDPM(Process):
             squares = np.linspace(0, math.sqrt(0.8 * self.steps), steps) ** 2
             return sorted({int(t) for t in squares}, reverse=True)
         if self.spacing == "linspace":
-            stride = (self.steps - 1) / max(
-                steps - 1, 1
-            )  # added up, as there, which decides where halves are rounded to
+            stride = (self.steps - 1) / max(steps - 1, 1)  # added up, as there: rounding decides over halves
             return [round(t) for t in accumulate(repeat(stride, steps - 1), initial=0.0)][::-1]
         return [i * self.steps // steps for i in reversed(range(steps))]
 

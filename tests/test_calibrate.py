@@ -189,15 +189,14 @@ def test_a_calibrated_network_is_like_any_other():
 
 def test_what_would_change_the_weights_below_a_calibration_is_refused():
     for inner in (a_unet(), dit()):
-        net, before = (
-            Calibrated(inner, Calibration(torch.tensor([400.0]), planted(inner.shape[0])[:1], {})),
-            inner.config,
-        )
+        calibration, before = Calibration(torch.tensor([400.0]), planted(inner.shape[0])[:1], {}), dict(inner.config)
+        net, weights = Calibrated(inner, calibration), fingerprint(inner.state_dict().values())
         for change in (partial(prune_channels, net, 0.5), partial(regroup, net, 2), partial(net.set_head, "statistics"),
                        net.reset_parameters, partial(net.keep_blocks, [0])):  # fmt: skip
             with pytest.raises(ValueError, match="take `net`, the network without it"):
                 change()
-        assert inner.config == before and isinstance(net.head, Calibration)
+        assert inner.config == before and net.head is calibration
+        assert fingerprint(inner.state_dict().values()) == weights
 
 
 def test_times_of_any_precision_are_taken():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -371,5 +372,11 @@ def test_bad_input_is_one_sentence(arguments, words, pipelines, networks, monkey
 def test_a_run_that_has_no_student_yet_is_said_to_be_one(tmp_path, capsys):
     (tmp_path / ".lock").touch()  # as train.py leaves it, whatever comes after
     assert "is a run that has no student yet" in refused(sample.main, [str(tmp_path), "--num", "2"], capsys)
+    student = tmp_path / "student"
+    student.mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):  # one of diffusers
+        (student / name).touch()
+    assert [*sample.find_networks([tmp_path]).values()] == [student]
+    shutil.rmtree(student)
     a_unet().save(tmp_path / "teacher")
     assert "networks in it: teacher" in refused(sample.main, [str(tmp_path), "--num", "2"], capsys)
