@@ -74,11 +74,11 @@ class Case(NamedTuple):
         vae = self.sampler["vae"]
         real = shards.some(self.real.images) if vae is None else sample.decoded(vae, self.real, self.count)
         labels = sample.classes_in_turn(self.teacher, self.count).get("y")
-        rows, samples = [], {}
+        rows, samples, ruler = [], {}, metrics.Ruler(real, self.classifier)
         for name, net, about, process in [Way("teacher", self.teacher, {"method": "teacher"}, self.own), *ways]:
             changes = {"net": net, "process": process or self.sampler["process"], "label": f"sampling {name}"}
             samples[name] = sample.sample(n=self.count, **{**self.sampler, **changes})
-            scores = metrics.score(samples[name], samples["teacher"], real, self.classifier, labels)
+            scores = ruler.score(samples[name], samples["teacher"], labels)
             rows.append({**about, "parameters": metrics.parameters(net), **scores})
         return rows, samples
 

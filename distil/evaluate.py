@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import data, disk, machine, metrics, report, sample, shards
+from distil import data, disk, inception, machine, metrics, report, sample, shards
 from distil.command import Parser, flag, option
 from distil.process import Process, process_of
 from distil.settings import FREE, Settings, plain
@@ -68,6 +68,7 @@ def measure(
 
     real = shards.some(images.images) if vae is None else sample.decoded(vae, images, n)  # (N, C, H, W) uint8
     classifier = metrics.digit_classifier(settings.image_size) if settings.dataset == "digits" else None
+    ruler = metrics.Ruler(real, classifier)
     told = conditions(teacher, images, n)
     options = {"seed": settings.seed, "eta": settings.eta, "guidance": settings.guidance, "device": device}
     # a teacher that was settled in half precision is rounded for good: students are drawn as it is
@@ -77,7 +78,7 @@ def measure(
         return sample.sample(way.net, way.process, n, steps=way.steps, label=f"sampling {name}", **options)
 
     def score(x: Tensor) -> dict[str, Any]:
-        return metrics.score(x, samples["teacher"], real, classifier, told.get("y"))
+        return ruler.score(x, samples["teacher"], told.get("y"))
 
     ways = teacher_ways(settings, teacher, process)
     samples = {name: draw(name, way) for name, way in ways.items()}  # (n, C, H, W) each
@@ -86,7 +87,7 @@ def measure(
     found |= {"same_steps": others} if others else {}
     if held_out is not None:
         labels = torch.from_numpy(held_out.labels) if "y" in told else None
-        found["floor"] = metrics.score(data.to_float(held_out.images), None, real, classifier, labels)
+        found["floor"] = ruler.score(data.to_float(held_out.images), labels=labels)
     notes = dict.fromkeys(ways, f"{found['teacher']['parameters']:,} parameters")
     for student, row in zip(students, found["students"], strict=True):
         way = Way(student.ema, process, settings.sample_steps)
@@ -240,7 +241,7 @@ class Flags(sample.Flags):
     reference: str | None = option(None, "or an .npz that stands for them: mu and sigma, or images as arr_0")
     real: int | None = option(None, "how many of them at most, evenly spaced; 50000", int, low=6)
     mode: str | None = option(None, "of Inception; clean. In the paper legacy_pytorch; torch_fidelity for "
-                              "Table 3 and every Inception Score", choices=metrics.MODES)  # fmt: skip
+                              "Table 3 and every Inception Score", choices=inception.MODES)  # fmt: skip
     k: int | None = option(None, "neighbours of precision and recall; 5", int, low=1, high=99)
     resize: int | None = option(None, "side to which images are brought first, in pixels", int, low=8)
     npz: bool = option(False, "also write the images as samples.npz, which ADM's evaluator reads", bool)
@@ -261,7 +262,7 @@ def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None)
             raise ValueError("--clip compares images with their prompts, and these networks read none: leave it out")
         clip = None if flags.clip is None else ClipScore(flags.clip, device)
         if rank == 0 and flags.num is not None:
-            extract = extract or metrics.Inception(flags.mode, device)
+            extract = extract or inception.Inception(flags.mode, device)
             real = open_reference(flags, job.shape, extract)
         about = (job.count, job.shape)
         rooms = {name: sample.open_samples(out / name, net, *about, **job.record) for name, net in job.nets.items()}
@@ -311,7 +312,7 @@ def fid(
         if flags.npz:
             with disk.whole(Path(flags.out) / name / "samples.npz") as part, part.open("wb") as file:
                 np.savez(file, arr_0=images.transpose(0, 2, 3, 1))  # (N, H, W, C)
-        seen = extract if small is None else metrics.resized(extract, small)
+        seen = extract if small is None else inception.resized(extract, small)
         fake = metrics.features(seen, images, batch=100, label=f"features of {name}")
         options = {"k": flags.k, "classes": getattr(extract, "classes", None), "device": search}
         row = {"name": name, "n": job.count, **metrics.feature_scores(real, fake, **options)}

@@ -18,30 +18,25 @@ grows: compare within one table, against its floor (real images against real one
 An extractor is a function with a name: uint8 images (B, C, H, W) -> features (B, D) float32.
 """
 
-import contextlib
 import copy
 import math
-import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distil import data, disk, machine, shards
+from distil.inception import Extract
 from models import Network, read_weights, sealed
 
 SCORES = ("frechet_pixels", "frechet_digits", "precision", "recall", "teacher_mse", "saturated", "non_finite")
-MODES = ("clean", "legacy_pytorch", "legacy_tensorflow", "torch_fidelity")  # of Inception features: as clean-fid names
-# them, and the port of the first network that ADM and torch-fidelity score with
 NEIGHBOURS = 100  # images at least, real and generated, for precision and recall to mean something
-Extract = Callable[[Tensor], Tensor]
+COUNTED: dict[tuple, int] = {}  # multiply-adds of networks of known shapes: those of one run are mostly alike
 
 
 def parameters(net: nn.Module) -> int:
@@ -57,14 +52,19 @@ def macs(net: Network, shape: Sequence[int] | None = None) -> int:
     """
     from torch_pruning.utils import count_ops_and_params
 
-    x, t = torch.empty(1, *(shape or net.shape), device="meta"), torch.empty(1, device="meta")
+    shape = tuple(shape or net.shape)
+    kind = (type(net), shape, str(net.config), *(tuple(p.shape) for p in net.parameters()))
+    if kind in COUNTED:
+        return COUNTED[kind]
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
     one = {"y": torch.tensor(0)} if net.num_classes is not None else net.no_condition() or {}  # the cond of one sample
     cond = {key: torch.empty(1, *value.shape, dtype=value.dtype, device="meta") for key, value in one.items()}
     counted = copy.deepcopy(net).to("meta")
     for norm in counted.modules():
         if isinstance(norm, nn.GroupNorm):
             norm.num_groups = 1  # counts the same, and takes one sample of one pixel too
-    return int(count_ops_and_params(counted, (x, t, cond))[0]) + net.attention_macs()
+    COUNTED[kind] = int(count_ops_and_params(counted, (x, t, cond))[0]) + net.attention_macs()
+    return COUNTED[kind]
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------
@@ -149,95 +149,6 @@ def digit_classifier(image_size: int = 8, cache: str | Path = data.CACHE, steps:
     return net
 
 
-class Inception:
-    """The features of FID: images (B, C, H, W) uint8, gray or colour -> (B, 2048) float32, resized as clean-fid does.
-
-    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: Tables 1 and 2), `legacy_tensorflow`, or
-        `torch_fidelity` (that of ADM: Table 3), which also has the classes of the Inception Score.
-    network: (B, 3, 299, 299) floats 0 .. 255 on `device` -> features; None: that of `mode`, with published weights.
-    classes: (K, 2048), which times features are the logits of its classes; None where the mode has none.
-    """
-
-    def __init__(
-        self, mode: str = "clean", device: torch.device | str = "cpu", network: Extract | None = None,
-        classes: Tensor | None = None,
-    ):  # fmt: skip
-        from cleanfid.resize import build_resizer
-
-        self.__name__, self.device = f"inception-{mode}", torch.device(device)
-        inside = mode == "torch_fidelity"  # the network resizes, as TensorFlow's does
-        self.pool, self.resizer = ThreadPoolExecutor(), build_resizer("legacy_tensorflow" if inside else mode)
-        self.network, self.classes = network, classes
-        if network is None:
-            self.network, self.classes = fidelity(self.device) if inside else (inception(mode, self.device), None)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-        resized = np.stack(list(self.pool.map(self.resizer, colour)))  # (B, 299, 299, 3); not in legacy_tensorflow
-        return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(self.device)).float().cpu()
-
-
-@contextlib.contextmanager
-def published(mode: str, url: str, name: str, digits: str) -> Iterator[Path]:
-    """The weights of an Inception network (95 MB), downloaded once into torch's cache folder of this user. Inside the
-    block they are opened, after their sha256 was seen to begin with `digits`. ValueError if they cannot be had, are not
-    the published ones, or cannot be opened."""
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            torch.hub.download_url_to_file(url, path, hash_prefix=digits)  # renamed when whole
-        if not disk.checksum(path).startswith(digits):
-            raise ValueError("they are not the published ones, by their checksum")
-        yield path
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason, remedy = str(error).partition("\n")[0], f"get {url} and put it there"
-        raise ValueError(f"--mode {mode} needs the Inception weights {path} ({reason}): {remedy}") from error
-
-
-def fidelity(device: torch.device) -> tuple[Extract, Tensor]:
-    """torch-fidelity's network: (B, 3, H, W) floats 0 .. 255 -> features (B, 2048), and its classes (1008, 2048).
-
-    Raises:
-        ImportError: torch-fidelity is missing.
-        ValueError: as of `published`.
-    """
-    machine.library("torch_fidelity", "--mode torch_fidelity", "torch-fidelity")
-    from torch_fidelity import feature_extractor_inceptionv3 as found
-
-    name = found.URL_INCEPTION_V3.rpartition("/")[2]  # it ends with the first digits of the checksum
-    with published("torch_fidelity", found.URL_INCEPTION_V3, name, Path(name).stem.rpartition("-")[2]) as path:
-        torch.load(path, weights_only=True)  # the library would unpickle anything
-        net = found.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-    net.to(device)
-    return lambda images: net(images.to(torch.uint8))[0], net.fc.weight.cpu()
-
-
-# Of the weights: for both names of a mode the file, and what its sha256 begins with. The first is that of the file as
-# NVIDIA serves it, which k-diffusion also checks; of the second the name says it.
-INCEPTION = {
-    "torchscript": ("inception-2015-12-05.pt", "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"),
-    "legacy_pytorch": ("pt_inception-2015-12-05-6726825d.pth", "6726825d"),
-}
-
-
-def inception(mode: str, device: torch.device) -> Extract:
-    """The network of FID as clean-fid has it. ValueError as of `published`."""
-    from cleanfid.downloads_helper import inception_url
-    from cleanfid.features import build_feature_extractor
-    from cleanfid.inception_pytorch import FID_WEIGHTS_URL
-    from cleanfid.inception_torchscript import InceptionV3W
-
-    legacy = mode == "legacy_pytorch"
-    name, digest = INCEPTION["legacy_pytorch" if legacy else "torchscript"]
-    with published(mode, FID_WEIGHTS_URL if legacy else inception_url, name, digest) as path:
-        if legacy:  # clean-fid looks into the same folder
-            return build_feature_extractor(mode, device, use_dataparallel=False)
-        resizes = mode == "legacy_tensorflow"
-        return InceptionV3W(str(path.parent), download=False, resize_inside=resizes).to(device).eval()
-
-
 def features(
     extract: Extract, images: Tensor | np.ndarray, *, batch: int = 1000, rows: np.ndarray | None = None, label: str = ""
 ) -> Tensor:
@@ -247,17 +158,6 @@ def features(
         range(0, len(rows), batch), desc=label, unit="img", unit_scale=batch, leave=False, disable=not label
     )
     return torch.cat([extract(torch.as_tensor(images[rows[i : i + batch]])).cpu() for i in starts])
-
-
-def resized(extract: Extract, size: int) -> Extract:
-    """`extract` of images (B, C, H, W) that PIL brings to size x size first (bicubic), as the paper's Table 2 does."""
-
-    def extract_resized(images: Tensor) -> Tensor:
-        small = [Image.fromarray(x).resize((size, size)) for x in images.permute(0, 2, 3, 1).squeeze(-1).numpy()]
-        x = torch.from_numpy(np.stack([np.atleast_3d(image) for image in small]))  # (B, size, size, C)
-        return extract(x.permute(0, 3, 1, 2))
-
-    return extract_resized
 
 
 class Reference(NamedTuple):
@@ -406,35 +306,48 @@ def feature_scores(
     return scores
 
 
+class Ruler:
+    """What samples are measured by: real images (N, C, H, W) uint8, looked at once, and of digits a classifier."""
+
+    def __init__(self, real: Tensor | np.ndarray, classifier: DigitClassifier | None = None):
+        self.count, self.classifier = len(real), classifier
+        self.pixels = gaussian(features(pixels, real))
+        self.digits = None if classifier is None else features(classifier.features, real)  # (N, 64)
+
+    def score(
+        self, samples: Tensor, teacher_samples: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, float | int | None]:
+        """The `SCORES` of samples (n, C, H, W) in [-1, 1] units, not clamped. With any non-finite image the Frechet
+        distances and teacher_mse are infinite; such an image lies in no ball, which lowers precision, and its
+        non-finite pixels count as saturated. teacher_samples: from the same noise. labels (n,): the classes that the
+        samples were made for; with a classifier right_class is measured, too."""
+        finite = samples.flatten(1).isfinite().all(1)  # (n,)
+        images, whole = data.to_uint8(samples[finite]), bool(finite.all())  # (m, C, H, W)
+
+        scores: dict[str, float | int | None] = {}
+        if self.classifier and labels is not None:
+            right = self.classifier.predict(images) == labels[finite]  # (m,)
+            scores["right_class"] = right.double().sum().item() / len(samples)
+        far = math.inf
+        scores["frechet_pixels"] = frechet_gaussians(self.pixels, gaussian(features(pixels, images))) if whole else far
+        scores |= dict.fromkeys(("frechet_digits", "precision", "recall", "teacher_mse"))
+        if self.classifier:
+            near = features(self.classifier.features, images) if len(images) else None  # (m, 64)
+            scores["frechet_digits"] = frechet(self.digits, near) if whole else far
+        if self.classifier and min(self.count, len(samples)) >= NEIGHBOURS:
+            precision, recall = precision_recall(self.digits, near) if len(images) > 5 else (0.0, 0.0)
+            scores |= {"precision": precision * len(images) / len(samples), "recall": recall}
+        if teacher_samples is not None:
+            mse = (samples.double() - teacher_samples).square().mean().item()
+            scores["teacher_mse"] = far if math.isnan(mse) else mse
+        scores["saturated"] = 1 - (samples.abs() <= 1.2).double().mean().item()  # put this way round, NaN counts
+        scores["non_finite"] = len(samples) - len(images)
+        return scores
+
+
 def score(
     samples: Tensor, teacher_samples: Tensor | None, real: Tensor | np.ndarray,
     classifier: DigitClassifier | None = None, labels: Tensor | None = None,
 ) -> dict[str, float | int | None]:  # fmt: skip
-    """The `SCORES` of samples (n, C, H, W) in [-1, 1] units, not clamped, against real images (N, C, H, W) uint8.
-
-    With any non-finite image the Frechet distances and teacher_mse are infinite; such an image lies in no ball, which
-    lowers precision, and its non-finite pixels count as saturated. teacher_samples: from the same noise, or None. With
-    labels (n,), the classes that the samples were made for, and a classifier, right_class is measured too.
-    """
-    finite = samples.flatten(1).isfinite().all(1)  # (n,)
-    images = data.to_uint8(samples[finite])  # (m, C, H, W)
-
-    scores: dict[str, float | int | None] = {}
-    if classifier and labels is not None:
-        scores["right_class"] = (classifier.predict(images) == labels[finite]).double().sum().item() / len(samples)
-    whole, near = bool(finite.all()), None
-    scores["frechet_pixels"] = frechet(features(pixels, real), features(pixels, images)) if whole else math.inf
-    scores |= dict.fromkeys(("frechet_digits", "precision", "recall", "teacher_mse"))
-    if classifier and len(images):
-        near = features(classifier.features, real), features(classifier.features, images)
-    if classifier:
-        scores["frechet_digits"] = frechet(*near) if whole else math.inf
-    if classifier and min(len(real), len(samples)) >= NEIGHBOURS:
-        precision, recall = precision_recall(*near) if len(images) > 5 else (0.0, 0.0)
-        scores |= {"precision": precision * len(images) / len(samples), "recall": recall}
-    if teacher_samples is not None:
-        mse = (samples.double() - teacher_samples).square().mean().item()
-        scores["teacher_mse"] = math.inf if math.isnan(mse) else mse
-    scores["saturated"] = 1 - (samples.abs() <= 1.2).double().mean().item()  # put this way round, NaN counts
-    scores["non_finite"] = len(samples) - len(images)
-    return scores
+    """`Ruler.score`, of samples that are the only ones measured against these real images."""
+    return Ruler(real, classifier).score(samples, teacher_samples, labels)

@@ -232,9 +232,8 @@ def dry_run(settings: Settings) -> str:
 
 def pretended(settings: Settings, channels: int | None = None) -> data.Images | None:
     """Images as those of a run are, without a pixel of them; None for latents that are not there. Those of a folder are
-    counted, of others there are ten, without a fingerprint. channels: of a folder's images; None takes 3."""
+    counted, of others there are ten, without a fingerprint. channels: of a folder's images; None: what they are."""
     _, _, own, _ = data.DATASETS[settings.dataset]
-    channels = own or channels
     if settings.dataset == "digits":
         data.check_digits(settings.image_size)
     if Path(settings.data or "", data.RECORD).exists():
@@ -242,6 +241,7 @@ def pretended(settings: Settings, channels: int | None = None) -> data.Images | 
     if own is None and settings.dataset not in SIZES:
         return None
     names = pictures.image_files(Path(settings.data)) if settings.dataset in SIZES else []
+    channels = own or channels or (1 if names and pictures.are_gray(Path(settings.data), names) else 3)
     n, known = len(names) or 10, digest("\n".join(names).encode("utf-8", "surrogateescape")) if names else ""
-    pixels = np.broadcast_to(np.uint8(0), (n, channels or 3, settings.image_size, settings.image_size))
+    pixels = np.broadcast_to(np.uint8(0), (n, channels, settings.image_size, settings.image_size))
     return data.Images(pixels, np.arange(n) % 10, settings.dataset, fingerprint=known)

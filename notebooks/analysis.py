@@ -250,10 +250,10 @@ def distil(
 
 def rate(nets: Nets, process: Process, teacher_samples: Tensor, real, classifier=None, **options: Any) -> list[dict]:
     """Rows for `report.table`: every network sampled from the teacher's noise and scored. options: of `sample`."""
-    rows = []
+    rows, ruler = [], metrics.Ruler(real, classifier)
     for (name, seed), net in nets.items():
         samples = sample.sample(net, process, len(teacher_samples), label=f"sampling {name}", **options)
-        scores = metrics.score(samples, teacher_samples, real, classifier)
+        scores = ruler.score(samples, teacher_samples)
         rows.append({"method": name, "seed": seed, "parameters": metrics.parameters(net), **scores})
     return rows
 

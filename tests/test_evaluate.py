@@ -17,7 +17,7 @@ from test_metrics import means
 from test_report import cells
 from test_report import metrics as a_metrics
 
-from distil import data, evaluate, metrics, report, sample, shards
+from distil import data, evaluate, inception, metrics, report, sample, shards
 from distil.process import DDPM
 from distil.settings import Settings
 from models import DiT
@@ -204,8 +204,8 @@ def test_a_run_and_its_students_are_evaluated(capsys):
     assert found["parameters"] == metrics.parameters(net) and found["protocol"] in out
     assert found["precision"] is found["recall"] is None  # of 12 images
 
-    inception = metrics.Inception(network=means)
-    assert evaluate.main(["runs/first/student/out-0", *FEW, "--out", "b"], inception) == 0
+    extract = inception.Inception(network=means)
+    assert evaluate.main(["runs/first/student/out-0", *FEW, "--out", "b"], extract) == 0
     out = capsys.readouterr().out
     assert "| out-0 " in out and "FID@12" in out and "inception-clean" in out
 
@@ -219,7 +219,7 @@ def test_images_are_scored_as_a_published_table_was(capsys):
     def network(x):  # (B, 3, H, W) -> (B, 16)
         return torch.nn.functional.adaptive_avg_pool2d(x[:, :1], 4).flatten(1)
 
-    extract = metrics.Inception("torch_fidelity", network=network, classes=classes)
+    extract = inception.Inception("torch_fidelity", network=network, classes=classes)
     flags = ["--protocol", "imagenet", "--reference", "reference.npz", "--num", "110", "--sample-steps", "2"]
     assert evaluate.main(["net", *flags, "--guidance", "1", "--resize", "16", "--npz"], extract) == 0
     out = capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_images_are_scored_as_a_published_table_was(capsys):
     assert "resized to 16x16" in out and "eta 1" in out and "float32" in out and " IS |" in out
     images = np.load("runs/evaluation/net/samples.npz")["arr_0"]  # (N, H, W, C), not resized
     assert images.shape == (110, 8, 8, 1) and images.dtype == np.uint8
-    seen = metrics.resized(extract, 16)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    seen = inception.resized(extract, 16)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
     found = json.loads(Path("runs/evaluation/net/scores.json").read_text())
     assert found["inception_score"] == pytest.approx(metrics.inception_score(seen @ classes.T))
     assert found["precision"] == metrics.precision_recall(extract(torch.from_numpy(real)), seen, 3)[0]

@@ -33,6 +33,8 @@ def test_gray_images_are_gray_for_a_teacher_of_our_own_and_otherwise_what_the_te
         given = prepare.open_network("teacher", settings)
         found.append(prepare.open_data(settings, given and given.channels)[0].shape[0])
     assert found == [1, 1, 3, 1, 3]
+    shapes = [prepare.pretended(Settings(data="gray", image_size=8), channels).shape for channels in (None, 3)]
+    assert shapes == [(1, 8, 8), (3, 8, 8)]  # a dry run says the same
     teacher = ["--data", "gray", "--teacher", "net3", "--device", "cpu"]
     sizes = [prepare.prepare(parse([*teacher, *more])).images.shape for more in ([], ["--out", "again"])]
     assert sizes == [(3, 8, 8)] * 2  # as large as the teacher takes them, where nothing else was asked for

