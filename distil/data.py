@@ -258,7 +258,7 @@ def _latents(ask: Request) -> Images:
     if not (folder / RECORD).exists():
         return _one_per_file(ask)
     try:
-        record = disk.read_json(folder / RECORD, "remove it and encode again")
+        record = disk.read_json(folder / RECORD, "encode again, into an empty folder")
         if min(record["count"], record["shard"], record["classes"] + 1, *record["size"]) < 1:
             raise ValueError("a number is too small")
         latents = shards.Shards(folder, "latents", (record["count"], 2, *record["size"]), record["shard"])
@@ -270,7 +270,7 @@ def _latents(ask: Request) -> Images:
     except OSError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / RECORD} is damaged ({error!r}): remove it and encode again") from error
+        raise ValueError(f"{folder / RECORD} is damaged ({error!r}): encode again, into an empty folder") from error
     if ask.image_size not in (None, size):
         raise ValueError(f"{folder} has images of {size} pixels, not of {ask.image_size}: use --image-size {size}")
     about = machine.digest(latents.seals(), *(kind.bits.seals() for kind in captions), labels_of(labels))
@@ -292,12 +292,15 @@ def _one_per_file(ask: Request) -> Images:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         starts = range(0, len(names), shards.SHARD)  # all at once would take gigabytes
-        read = partial(shards.open_array, shape=None, check=False)
+
+        def read(name: str) -> int:  # a map that is kept would keep its file open
+            return shards.open_array(labels / name, None, check=False).item()
+
         with ThreadPoolExecutor() as pool:
-            found = [one for i in starts for one in pool.map(read, [labels / n for n in names[i : i + shards.SHARD]])]
-        shards.save_array(file, np.array([one.item() for one in found], np.int64))
+            found = [one for i in starts for one in pool.map(read, names[i : i + shards.SHARD])]
+        shards.save_array(file, np.array(found, np.int64))
     numbers = np.array(shards.open_array(file, (len(names),)))
-    shape = np.load(features / names[0], mmap_mode="r").shape[-4:]
+    shape = shards.open_array(features / names[0], None, check=False).shape[-4:]
     if len(shape) != 4 or shape[0] != 2:
         wrong = f"{features / names[0]} has the shape {shape}, not (2, C, H, W), an image and its mirror image"
         raise ValueError(f"{wrong}: make the latents again, with python -m distil.latents or as TinyFusion does")

@@ -57,7 +57,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     part = temporary(path)
     try:
         yield part
-        with part.open("rb") as file:
+        with part.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save says that a disk is full with a RuntimeError
@@ -257,7 +257,7 @@ def open_log(folder: Path, start: int, kind: str, config: dict[str, Any]) -> Ite
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = stack.enter_context(SummaryWriter(str(folder)))
+            writer = stack.enter_context(SummaryWriter(str(folder), purge_step=start))
 
             def also(values: dict[str, float], step: int) -> None:
                 for key, value in values.items():

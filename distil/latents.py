@@ -186,11 +186,13 @@ def _begin(out: Path, record: dict[str, Any], labels: list[int] | None, text: An
     out.mkdir(parents=True, exist_ok=True)
     path = out / data.RECORD
     if path.exists():
-        former = disk.read_json(path, "remove it and encode again")
+        former = disk.read_json(path, "encode again, into an empty folder")
         differ = [f"{key} was {former.get(key)}, is {record[key]}" for key in record if former.get(key) != record[key]]
         if differ:
             raise ValueError(f"{out} holds latents that were made otherwise ({', '.join(differ)}): give another --out")
     elif rank == 0:
+        if (first := shards.shard_file(out, "latents", 0)).exists():
+            raise ValueError(f"{first} is there without {path.name}, which says how it was made: empty that folder")
         kinds = record.get("captions", {})
         embeddings = sum(math.prod(about["stored"]) for about in kinds.values())
         disk.need_room(out, record["count"] * (4 * math.prod(record["size"]) + 2 * embeddings), "latents")

@@ -35,14 +35,16 @@ def processes(device: str, hours: int = 12) -> Iterator[None]:
     device: "cpu" for processes that only wait for each other; "auto" or "cuda" lets GPUs exchange gradients.
     hours: how long one process may wait for the others, for instance while rank 0 downloads and decodes.
 
-    SystemExit, after one sentence and with code 1, where another process has ended before its time.
+    SystemExit, after one sentence: with code 2 where this process has no GPU of its own, with code 1 where another one
+    has ended before its time.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with refusing("torchrun"):
+            torch.cuda.set_device(find_device("cuda"))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=hours))
     try:
         yield
@@ -97,13 +99,19 @@ def find_device(name: str) -> torch.device:
     """The device that --device names; under torchrun the GPU of this process.
 
     Raises:
-        ValueError: it does not exist on this machine.
+        ValueError: it does not exist on this machine, or is one for all processes of torchrun.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    several, count = int(os.environ.get("WORLD_SIZE", "1")) > 1, torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    found = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name  # set_device wants a number
-    have = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        name = "cuda" if cuda else "mps" if mps and not several else "cpu"
+    if several and (name == "mps" or ":" in name):
+        raise ValueError(f"--device {name} is one device, and torchrun has started several processes: use cuda or cpu")
+    number = os.environ.get("LOCAL_RANK", "0")
+    found = f"cuda:{number}" if name == "cuda" else name  # set_device wants a number
+    have = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(count)]
+    if name == "cuda" and cuda and found not in have:
+        raise ValueError(f"process {number} has no GPU of its own: start {count} on this machine, --nproc-per-node")
     if found not in have:
         raise ValueError(f"--device {name} is not on this machine: choose from auto, {', '.join(have)}")
     return torch.device(found)
@@ -215,7 +223,8 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             self.out, self.into = os.pipe()
-            os.set_blocking(self.into, False)
+            if hasattr(os, "set_blocking"):  # not on Windows before Python 3.12
+                os.set_blocking(self.into, False)
             self.fd = signal.set_wakeup_fd(self.into)
             self.former = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
             # a thread, for the main one answers nothing during a backward pass

@@ -296,6 +296,16 @@ def open_text(flags: Flags, device: torch.device) -> tuple[list[str], TextEncode
     return prompts, TextEncoder(flags.teacher, device, t5=not flags.no_t5)
 
 
+def check_text(folders: Sequence[Path], text: TextEncoder) -> None:
+    """ValueError where networks have learned from the embeddings of other encoders, as their data says."""
+    for run in {run for run in map(run_of, folders) if run is not None}:
+        record = Path(disk.read_json(run / "config.json", "bring it back")["data"] or "", data.RECORD)
+        theirs = disk.read_json(record, "bring it back").get("text_encoders") if record.is_file() else None
+        if theirs and theirs != text.record["text_encoders"]:
+            change = "give" if "text_encoder_3" in text.record["text_encoders"] else "leave out"
+            raise ValueError(f"{run} has learned from the embeddings of {', '.join(theirs)}: {change} --no-t5")
+
+
 def open_vae(where: str | None, shape: Sequence[int], device: torch.device) -> tuple[Vae | None, tuple[int, int, int]]:
     """The VAE of networks for samples of this shape, None for pixels; and the shape (C, H, W) of the images."""
     if where is None and shape[0] in (1, 3):
@@ -315,6 +325,7 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     first, given, text = next(iter(nets.values())), [], None
     if any("text" in net.conditions for net in nets.values()):
         given, text = open_text(flags, device)
+        check_text(runs, text)
         flags = replace(flags, vae=flags.vae or flags.teacher)
         check_names(nets)
         nets = {"teacher": teachers.load(flags.teacher), **nets}

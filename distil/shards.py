@@ -56,7 +56,7 @@ class OnTheFly(Rows):
     """The arrays `decode(item)` of `shape`, which a pool of threads makes whenever they are indexed.
 
     In the place of one that cannot be decoded comes the next of the same label. It is named on stderr, and in the file
-    `log` if there is one, from which the count goes on. ValueError: more than 1 % of all turned out to be unreadable.
+    `log` if there is one, from which the count goes on. Damaged: more than 1 % of all turned out to be unreadable.
     OSError: the disk or the memory failed, which says nothing of an image.
     """
 
@@ -79,7 +79,7 @@ class OnTheFly(Rows):
         for j in itertools.chain(range(i, len(self)), range(i)):
             if j not in self.unreadable and (self.labels is None or self.labels[j] == self.labels[i]):
                 return j
-        raise ValueError(f"no image of the label of {self.items[i]} can be read")
+        raise disk.Damaged(f"no image of the label of {self.items[i]} can be read")
 
     def _one(self, i: int) -> np.ndarray:
         while True:
@@ -100,7 +100,7 @@ class OnTheFly(Rows):
         if len(self.unreadable) > MAX_CORRUPT * len(self):
             count = f"{len(self.unreadable)} of {len(self)} images cannot be read, more than {MAX_CORRUPT:.0%}"
             first = "; ".join(list(self.unreadable.values())[:3])
-            raise ValueError(f"{count}; remove or repair them. The first are {first}") from error
+            raise disk.Damaged(f"{count}; remove or repair them. The first are {first}") from error
         machine.note(f"{self.unreadable[i]}: unreadable, the next image takes its place")
         if self.log:
             disk.write_json(self.log, self.unreadable)
@@ -140,8 +140,8 @@ def write_shards(
                     for name, values in make(i * SHARD + rows).items():
                         parts[name][rows] = values
                     bar.update(len(rows))
-                for name, part in parts.items():
-                    part.flush()
+                for name in arrays:
+                    parts.pop(name).flush()  # Windows renames no file that is still mapped
                     disk.seal(files[name])
 
 

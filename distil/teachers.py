@@ -136,7 +136,7 @@ def _from_hub(name: str) -> Path:
         files = [f"{place}{file}" for place in ("", *(f"{i}/" for i in INSIDE)) for file in ("config.json", *weights)]
         try:
             folder = Path(hub.snapshot_download(name, allow_patterns=[*files, *SCHEDULERS[:2]]))
-        except (OSError, ValueError) as error:  # no network, no such model, no such name
+        except Exception as error:  # no network, in the words of any library, no such model, no such name
             raise FileNotFoundError(f"{absent} cannot be fetched: {first_line(error)}") from error
         if any(any(folder.glob(file)) for file in files if not file.endswith(".json")):
             return folder

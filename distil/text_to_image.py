@@ -6,16 +6,19 @@
 All this needs diffusers: `pip install -e ".[sd]"`. Its argument names are known in this file only.
 """
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -41,6 +44,7 @@ class Diffusers(Network):
     unit: int  # height and width of a sample must be multiples of it
     largest: float = math.inf  # and not above this
     widths: dict[str, int]  # of what it reads, by the names in `conditions`
+    drops = ".resnets."  # stands in the names of the layers that the setting `dropout` of a U-Net is for
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -60,6 +64,8 @@ class Diffusers(Network):
             net = network(**settings)
         check_fit(net, state)
         net.load_state_dict(state, assign=True)
+        if lost := [name for name, value in net.named_buffers() if value.is_meta and name not in state]:
+            raise ValueError(f"its {lost[0]} is computed and not saved, which is not known here: use other blocks")
         return cls(net.requires_grad_(True))
 
     def like(self, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> "Diffusers":
@@ -101,6 +107,15 @@ class Diffusers(Network):
         parts = [*self.net.down_blocks, self.net.mid_block, *self.net.up_blocks]  # of a U-Net
         return [part for part in parts if part is not None]
 
+    def set_dropout(self, p: float) -> None:
+        """As diffusers sets it: in residual blocks, not in attention."""
+        if "dropout" in self.config:
+            self.config["dropout"] = p
+            self.net.register_to_config(dropout=p)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Dropout) and self.drops in name:
+                module.p = p
+
     def reset_parameters(self) -> None:
         self.net.load_state_dict(self.of(self.config).net.state_dict())
 
@@ -118,7 +133,10 @@ class Diffusers(Network):
         with disk.whole(folder / "config.json") as config, disk.whole(folder / WEIGHTS[0]) as weights:
             said = json.loads(self.net.to_json_string())  # diffusers passes over names with an underscore
             config.write_text(json.dumps(said | ({"_process": self.process} if self.process else {}), indent=2) + "\n")
-            save_file(state, weights, metadata=sealed(state))
+            try:
+                save_file(state, weights, metadata=sealed(state))
+            except SafetensorError as error:  # as it says that the disk is full
+                raise OSError(f"{folder / WEIGHTS[0]} cannot be written: {error}") from error
             weights.chmod(config.stat().st_mode)  # safetensors would shut out all other users
 
 
@@ -132,6 +150,8 @@ class TextUNet(Diffusers):
         super().__init__(net)
         if more := self.config["addition_embed_type"]:
             raise ValueError(f"it is told more than a text ({more}), as Stable Diffusion XL is: use one of 1 or 2")
+        if more := self.config["class_embed_type"] or self.config["num_class_embeds"]:
+            raise ValueError(f"it is told a class beside the text ({more}): use one that reads text alone")
         self.unit = 2 ** (len(self.config["block_out_channels"]) - 1)
         self.widths = {"text": self.config["cross_attention_dim"]}
 
@@ -166,7 +186,7 @@ class TextUNet(Diffusers):
 class MMDiT(Diffusers):
     """diffusers' SD3Transformer2DModel of Stable Diffusion 3, for the velocity; cond: text (B, L, D), pooled (B, P)."""
 
-    arch, source, folder = "mmdit", "SD3Transformer2DModel", "transformer"
+    arch, source, folder, drops = "mmdit", "SD3Transformer2DModel", "transformer", ""
     conditions, pruning = ("text", "pooled"), "blocks"
 
     def __init__(self, net: nn.Module):
@@ -273,16 +293,14 @@ class Vae:
         if folder.is_dir() and not any((folder / (part or ".")).glob("diffusion_pytorch_model*.safetensors*")):
             missing = "it holds no diffusion_pytorch_model.safetensors, the weights of an AutoencoderKL"
             raise ValueError(f"--vae {where} cannot be loaded: {missing}")  # diffusers would print a line of its own
-        try:
+        with loading(f"--vae {where} cannot be loaded"):
             try:
                 self.net = read(subfolder=part)
             except OSError:
                 if folder.exists():
                     raise
                 self.net = read(subfolder="vae")  # on the hub it may be part of a pipeline
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--vae {where} cannot be loaded: {first_line(error)}") from error
-        self.net.requires_grad_(False).eval().to(device)
+            self.net.requires_grad_(False).eval().to(device)
         config = self.net.config
         self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
         self.scaling, self.shift = config.scaling_factor, config.shift_factor or 0.0
@@ -327,7 +345,7 @@ class TextEncoder:
         machine.library("transformers", "embedding text", INSTALL)
         self.device = torch.device(device)
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        try:
+        with loading(f"{where} has no text encoders that can be read"):
             index = diffusers.DiffusionPipeline.load_config(str(where))
             kinds = [kind for kind in WRAPPERS.values() if index.get(kind.folder, [0, 0])[1] == kind.source]
             if not kinds or "text_encoder" not in index or (kinds == [TextUNet] and "text_encoder_2" in index):
@@ -340,16 +358,15 @@ class TextEncoder:
             absent = {name for name in index if name in unused or index[name] == [None, None]}
             given = {self.kind.folder: net, **dict.fromkeys(absent)}
             self.pipeline = diffusers.DiffusionPipeline.from_pretrained(str(where), use_safetensors=True, **given)
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{where} has no text encoders that can be read: {first_line(error)}") from error
-        parts = self.pipeline.components
-        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and part}
+            parts = self.pipeline.components
+            encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder") and part}
+            for name, part in encoders.items():
+                check_tokenizer(parts[name.replace("text_encoder", "tokenizer")], part)
+                part.requires_grad_(False).eval().to(self.device, dtype)
+            self.shapes = {name: tuple(value.shape[1:]) for name, value in self.encode([""]).items()}
         # Not models.fingerprint: it hashes the first values in bfloat16, which all devices and old records agree on.
-        first = []
-        for part in encoders.values():
-            part.requires_grad_(False).eval().to(self.device, dtype)
-            first += [tensor.flatten()[:1000].to("cpu", torch.bfloat16) for tensor in part.state_dict().values()]
-        self.shapes = {name: tuple(value.shape[1:]) for name, value in self.encode([""]).items()}
+        weights = [tensor for part in encoders.values() for tensor in part.state_dict().values()]
+        first = [tensor.flatten()[:1000].to("cpu", torch.bfloat16) for tensor in weights]
         self.stored = self.shapes["text"]
         if T5[0] in parts and T5[0] not in encoders:
             widths = [part.config.hidden_size for part in encoders.values()]
@@ -370,12 +387,12 @@ class ClipScore:
 
     def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
         transformers = machine.library("transformers", "the CLIP score", INSTALL)
-        try:
-            self.model = transformers.CLIPModel.from_pretrained(str(where), use_safetensors=True).eval().to(device)
+        options = {"use_safetensors": True, "dtype": torch.float32}
+        with loading(f"--clip {where} cannot be loaded"):
+            self.model = transformers.CLIPModel.from_pretrained(str(where), **options).eval().to(device)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(where))
             self.processor = transformers.CLIPImageProcessor.from_pretrained(str(where))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--clip {where} cannot be loaded: {first_line(error)}") from error
+            check_tokenizer(self.tokenizer, self.model.text_model)
 
     @torch.no_grad()
     def __call__(self, images: Any, prompts: list[str]) -> float:
@@ -388,6 +405,24 @@ class ClipScore:
             output = self.model(**tokens.to(self.model.device), **pixels.to(self.model.device))
             total += (output.image_embeds * output.text_embeds).sum().item()  # both of length 1
         return total / len(prompts)
+
+
+def check_tokenizer(tokenizer: Any, encoder: nn.Module) -> None:
+    """ValueError where the files of a tokenizer are missing: transformers makes one then that knows no word."""
+    if (n := len(tokenizer)) < encoder.config.vocab_size / 2:
+        raise ValueError(f"its tokenizer knows {n} words of {encoder.config.vocab_size}: its vocabulary is missing")
+
+
+@contextlib.contextmanager
+def loading(failed: str) -> Iterator[None]:
+    """ValueError, what `failed` and why, where the block cannot load something: files are damaged in any way, networks
+    fail in the words of any library. Memory that does not suffice says nothing of a file."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{failed}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -111,6 +111,9 @@ def test_the_error_by_timestep_adds_up(nets):
     slope = lift(student, teacher).b1[..., 0] - 1
     coarse = (mean + slope.square() * student.var((2, 3), correction=0)).mean()
     assert found["coarse"][1].item() == pytest.approx(coarse.item(), rel=1e-3)
+    line = lift(student, teacher)
+    assert found["b0_abs"][1].item() == pytest.approx(line.b0.abs().mean().item())
+    assert found["b1_abs"][1].item() == pytest.approx((line.b1 - 1).abs().mean().item())
     maps = analysis.error_maps(*nets, DDPM(), x0, [0, 500])
     torch.testing.assert_close(maps.mean((1, 2, 3)), found["total"])
     student, teacher = analysis.outputs_at(nets, DDPM(), x0, 500, seed=1)

@@ -51,8 +51,15 @@ def test_the_settings_of_every_committed_run_can_be_used(path):
         earlier.refuse_other_settings(replace(restored(former), lr=0.5), former, path)
 
 
-@pytest.mark.parametrize("command", ["", "--data photos --image-size 32", "--fold-steps 10 --kd out --fold-end last"])
-@pytest.mark.parametrize("name", ["flip", "head", "timesteps", "ema_warmup", "lift_per", "sampler", "fold_end"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("--dataset celeba --ema-warmup --timesteps antithetic", "ema_warmup"),
+        ("--dataset imagenet --data x --timesteps antithetic", "timesteps"),
+        ("--fold-steps 10 --kd out --fold-end last", "fold_end"),
+        ("", "head"), ("", "lift_per"), ("", "sampler"), ("--data photos --image-size 32", "flip"),
+    ],
+)  # fmt: skip
 def test_the_run_of_an_earlier_version_without_a_setting_is_no_other_run(command, name):
     now = parse(command.split())
     former = plain(now)

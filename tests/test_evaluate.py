@@ -210,6 +210,20 @@ def test_a_run_and_its_students_are_evaluated(capsys):
     assert "| out-0 " in out and "FID@12" in out and "inception-clean" in out
 
 
+def test_the_protocols_are_those_of_the_papers_tables():
+    """How its evaluation code is called, docs/as-published.md: images, real ones, network, neighbours, sampler."""
+    of = {name: evaluate.Flags(**evaluate.IMAGES | row) for name, row in evaluate.PROTOCOLS.items()}
+    assert {name: (row.num, row.real, row.mode, row.k, row.resize) for name, row in of.items()} == {
+        "celeba": (49_984, 162_770, "legacy_pytorch", 5, None),
+        "lsun_bedroom": (4_992, 50_000, "legacy_pytorch", 5, None),
+        "coco": (30_000, 50_000, "legacy_pytorch", 5, 256),
+        "imagenet": (50_000, 50_000, "torch_fidelity", 3, None),
+    }
+    assert (of["coco"].sample_steps, of["coco"].guidance, of["coco"].sampler) == (25, 7.5, "pndm")
+    imagenet = of["imagenet"]
+    assert (imagenet.sample_steps, imagenet.guidance, imagenet.eta, imagenet.spacing) == (250, 1.5, 1.0, "linspace")
+
+
 def test_images_are_scored_as_a_published_table_was(capsys):
     a_unet().save("net")
     real = data.load("digits").images[:120]

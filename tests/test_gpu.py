@@ -78,7 +78,7 @@ def test_it_ends_in_time_with_what_it_has(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "PARTS", {"quick": lambda b: iter(()), "endless": endless})
     gpu.PARTS["quick"].__doc__ = "Nothing."
     path = tmp_path / "gpu.json"
-    command = [*SMALL, "--out", str(path), "--only", "quick", "endless", "--minutes", "0.005"]
+    command = [*SMALL, "--out", str(path), "--only", "quick", "endless", "--minutes", "0.03"]
     assert gpu.main(command) == 143
     assert list(json.loads(path.read_text())["sections"]) == ["quick"]
     assert "the same command goes on" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -25,7 +26,8 @@ diffusers = pytest.importorskip("diffusers")
 def tiny_vae(folder, seed=0):
     torch.manual_seed(seed)
     widths, kinds = (8, 16), (["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2)
-    settings = {"latent_channels": 4, "norm_num_groups": 4, "sample_size": 16, "scaling_factor": 0.5}
+    settings = {"latent_channels": 4, "norm_num_groups": 4, "sample_size": 16}
+    settings |= {"scaling_factor": 0.5, "shift_factor": 0.1}
     net = diffusers.AutoencoderKL(3, 3, *kinds, widths, layers_per_block=1, **settings)
     net.save_pretrained(folder)
 
@@ -84,7 +86,7 @@ def test_latents_are_those_of_the_vae(workspace):
         with torch.no_grad():
             posterior = net.encode(both).latent_dist
         noise = torch.from_numpy(np.random.default_rng((0, i)).standard_normal((2, 4, 8, 8), np.float32))
-        expected = (posterior.mean + posterior.std * noise) * 0.5
+        expected = (posterior.mean + posterior.std * noise - 0.1) * 0.5
         kept = torch.from_numpy(latents.images[i])  # in 16 bits
         torch.testing.assert_close(kept, expected, rtol=2e-3, atol=2e-3)
 
@@ -128,6 +130,11 @@ def test_encoding_goes_on_where_it_was_and_may_be_shared(workspace, monkeypatch)
         encode(Vae("vae"), Path("images"), Path("shared"), image_size=16, batch=3)
         assert len(contents("shared")) == count
     assert contents("shared") == files
+    (Path("shared") / "latents.json").unlink()  # then nothing says that the others were made so, too
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"latents-00000\.npy is there without latents\.json, .*: empty that folder"):
+        encode(Vae("vae"), Path("images"), Path("shared"), image_size=16, seed=1)
+    assert not (Path("shared") / "latents.json").exists()
 
 
 def test_a_vae_is_given_as_many_pixels_as_memory_takes(workspace, monkeypatch):
@@ -136,6 +143,7 @@ def test_a_vae_is_given_as_many_pixels_as_memory_takes(workspace, monkeypatch):
     noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     whole = vae.encode(images, noise)
     shown = vae.decode(whole)
+    torch.testing.assert_close(shown, vae.net.decode(whole / 0.5 + 0.1).sample)
     for name in ("encode", "decode"):
         method = getattr(vae.net, name)
         monkeypatch.setattr(vae.net, name, lambda x, method=method: (sizes.append(len(x)), method(x))[1])
@@ -174,9 +182,27 @@ def test_tinyfusions_layout_is_read(workspace):
         with pytest.raises(ValueError, match=r"0\.npy has the shape .* not \(2, C, H, W\), an image and its mirror"):
             data.load("imagenet", "tiny", cache="cache")
     np.save("tiny/imagenet256_features/0.npy", latents.images[0])
+    Path("tiny/imagenet256_features/0.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"features/0\.npy is damaged"):
+        data.load("imagenet", "tiny", cache="cache")
+    np.save("tiny/imagenet256_features/0.npy", latents.images[0])
     Path("tiny/imagenet256_labels/3.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"3\.npy is missing"):
         data.load("imagenet", "tiny", cache="other-cache")
+
+
+def test_more_files_of_tinyfusion_are_read_than_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    for kind, value in (("features", np.zeros((2, 4, 2, 2), np.float32)), ("labels", np.array([1]))):
+        (tmp_path / f"of_{kind}").mkdir()
+        for i in range(200):
+            np.save(tmp_path / f"of_{kind}" / f"{i}.npy", value)
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 60, former[1]))
+    try:
+        assert data.load("imagenet", tmp_path, cache=tmp_path / "cache").labels.tolist() == [1] * 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)
 
 
 # ---- Captions --------------------------------------------------------------------------------------------------------
@@ -363,6 +389,9 @@ def test_rows_and_tars_that_are_odd_say_why(rows, tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read|needs file_name and text"):
         read_captions(tmp_path)
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        link = tarfile.TarInfo("c.txt")  # out of the tar: it is passed over
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
         for name, content in (("a.png", b""), ("a.json", rows.encode()), ("b.txt", b"\xff")):
             member = tarfile.TarInfo(name)
             member.size = len(content)

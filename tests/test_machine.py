@@ -84,8 +84,30 @@ def test_a_device_is_found_or_refused(monkeypatch):
     assert find_device("auto") == find_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match=r"choose from auto, cpu, cuda:0, cuda:1$"):
         find_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"process 2 has no GPU of its own: start 2 on this machine, --nproc-per-node"):
+        find_device("auto")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name in ("cuda:0", "mps"):
+        with pytest.raises(ValueError, match=f"--device {name} is one device, and torchrun has started several"):
+            find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto") == torch.device("cpu")  # gloo does not serve Apple's GPU
     net = torch.nn.Conv2d(3, 4, 3)
     assert machine.on_device(net, torch.device("cpu")) is net and net.weight.is_contiguous()
+
+
+def test_more_processes_than_gpus_are_one_sentence(monkeypatch, capsys):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as stop, machine.processes("auto"):
+        pytest.fail("it has no GPU")
+    assert (
+        stop.value.code == 2 and "torchrun: error: process 1 has no GPU of its own: start 1" in capsys.readouterr().err
+    )
 
 
 def test_what_the_seconds_of_a_run_depend_on():
@@ -152,19 +174,19 @@ def test_signals_are_only_noted_inside_the_block():
         assert signal.getsignal(signal.SIGINT) == stop.ask
 
 
-def test_a_second_signal_ends_a_process_that_answers_none(capfd):
-    out, into = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with machine.Stop():
-            os.write(into, b"x")
-            while True:
-                time.sleep(0.01)
-    os.read(out, 1)
-    for pause in (0.1, 1.2):  # what comes within a second is the same
-        os.kill(child, signal.SIGINT)
-        time.sleep(pause)
-    assert "stopping after this step; once more to stop now" in capfd.readouterr().out
-    assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+def test_a_second_signal_ends_a_process_that_answers_none():
+    program = "import time\nfrom distil import machine\nwith machine.Stop():\n    print('in', flush=True)\n"
+    program += "    while True:\n        time.sleep(0.01)\n"
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "in\n"
+        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGINT)  # what comes within a second is the same
+        said = [child.stdout.readline() for _ in range(2)]
+        assert said == ["\n", "stopping after this step; once more to stop now\n"]
+        time.sleep(1.2)
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        child.kill()

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 
 import train
+from distil import command as command_line
 from distil import evaluate, sample, settings
 from distil.command import flag
 from models import UNet
@@ -65,13 +66,20 @@ def test_a_command_of_the_pages_is_understood(command, monkeypatch):
         settings.parse(arguments)
         return
     module = importlib.import_module(words[program].removesuffix(".py").replace("/", "."))
-    parse = argparse.ArgumentParser.parse_args
+    parse, read = argparse.ArgumentParser.parse_args, command_line.Parser.read
 
     def parse_and_stop(parser, *given):
         parse(parser, *given)
         raise UnderstoodError
 
+    def read_and_stop(parser, *given):  # here the limits of each value are looked at
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+            read(parser, *given)
+        raise UnderstoodError
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(command_line.Parser, "read", read_and_stop)
     with pytest.raises(UnderstoodError):
         module.main(arguments)
 
@@ -153,17 +161,57 @@ def test_the_front_page_has_one_table_of_results_with_four_columns():
     assert list(cells(shown)[0]) == ["method", "Frechet px", "Frechet digits", "MSE to teacher"]
 
 
-def test_the_numbers_between_the_tables_are_means_of_committed_runs(capsys):
+BETWEEN = {  # what the front page says between its tables: (run, method, column) of each number in it
+    "in every seed of the table, {} against {}, and at 16x16 {} against {} (LIFT, that of the equation, {}; three "
+    "seeds), and there in the digit features too, {} against {}.": [
+        *[("digits8-keep", name, "px") for name in ("place", "out")],
+        *[("digits16-keep", name, "px") for name in ("place", "out", "lift")],
+        *[("digits16-keep", name, "digits") for name in ("place", "out")],
+    ],
+    "the digit classifier prefers OutKD in every seed, {} against {}.": [
+        ("digits8-keep", name, "digits") for name in ("out", "place")
+    ],
+    "at 16x16 `none` is then at {}, `out` at {}, `place` at {}, `lift` at {}.": [
+        ("digits16-scale", name, "px") for name in ("none", "out", "place", "lift")
+    ],
+    "takes `none` from {} to {}, `out` from {} to {}, `place` from {} to {} (8x8, five seeds": [
+        ("calibrate-digits8-keep", f"{name}{way}", "px")
+        for name in ("none", "out", "place") for way in ("", ", calibrated")
+    ],
+    "where no loss prevents the collapse, `out` from {:.0f}, {:.0f} and {:.0f} to": [
+        (f"scale/{size}-0.9-keep", "out", "px") for size in (8, 16, 32)
+    ],
+    "to {}, {} and {} ([docs/scale.md]": [(f"scale/{size}-0.9-keep", "out, calibrated", "px") for size in (8, 16, 32)],
+    "with `--head statistics` `none` is at {} where it was at {} (five": [
+        (f"calibrate-head8-keep{head}", "none", "px") for head in ("-head", "")
+    ],
+    "plain `out` is ahead of PLACE there, {} against {}.": [
+        ("calibrate-head8-keep-head", name, "px") for name in ("out", "place")
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "numbers"), BETWEEN.items(), ids=range(len(BETWEEN)))
+def test_the_numbers_between_the_tables_are_means_of_committed_runs(said, numbers, capsys):
     section = re.search(r"^## What the loss buys.*?(?=^## )", PAGES[README], re.DOTALL | re.MULTILINE)[0]
-    means = set()
-    repaired = ("digits8-keep", "digits16-keep", "head8-keep", "head8-keep-head")
-    runs = ["digits8-keep", "digits16-keep", "digits16-scale", *(f"calibrate-{name}" for name in repaired)]
-    for name in [*runs, *(f"scale/{size}-0.9-keep" for size in (8, 16, 32))]:
-        for row in cells(evaluated(f"benchmarks/{name}", capsys)):
-            means |= {row[column].split()[0] for column in ("Frechet px", "Frechet digits")}
-    shown = re.findall(r"\d+\.\d+", section)
-    assert len(shown) >= 8
-    assert set(shown) <= means
+    means = []
+    for run, method, column in numbers:
+        rows = {row["method"].partition(" (n=")[0]: row for row in cells(evaluated(f"benchmarks/{run}", capsys))}
+        means.append(rows[method][f"Frechet {column}"].split()[0])
+    assert said.format(*(map(float, means) if ":" in said else means)) in " ".join(section.split())
+
+
+@pytest.mark.parametrize(
+    ("run", "key", "first", "second"),
+    [("digits8-keep", "pixels", "place", "out"), ("digits8-keep", "digits", "out", "place"),
+     ("digits16-keep", "pixels", "place", "out"), ("digits16-keep", "digits", "place", "out"),
+     *[("digits8-demo-seeds", "pixels", *pair) for pair in (("out", "none"), ("lift", "out"), ("place", "out"))]],
+)  # fmt: skip
+def test_what_is_said_of_every_seed_holds_in_every_seed(run, key, first, second):
+    rows = json.loads((ROOT / f"benchmarks/{run}/metrics.json").read_text("utf-8"))["students"]
+    of = {(row["method"], row["seed"]): row[f"frechet_{key}"] for row in rows}
+    seeds = {seed for _, seed in of}
+    assert len(seeds) >= 3 and all(of[first, seed] < of[second, seed] for seed in seeds)
 
 
 def test_the_demo_gives_the_numbers_that_the_front_page_expects():

@@ -307,6 +307,11 @@ def test_an_image_for_each_prompt_beside_the_teachers(family, pipelines, capsys)
     teacher, same = (np.asarray(Image.open(f"images/{name}/00001.png")) for name in ("teacher", family))
     assert teacher.shape == (64, 64, 3) and (teacher == same).all()
     assert Image.open("images/samples.png").size[0] > 128
+    Path("prompts.txt").write_text("cab\n\na b\n")
+    assert sample.main([str(pipelines[family]), *more, "--guidance", "2", "--out", "others"]) == 0
+    for i in range(2):  # from the same noise: each is of its own prompt
+        one, other = (np.asarray(Image.open(f"{out}/{family}/{i:05d}.png")) for out in ("images", "others"))
+        assert (one != other).any()
 
 
 @pytest.fixture(scope="module")

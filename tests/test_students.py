@@ -172,8 +172,10 @@ def test_adapters_learn_but_are_neither_clipped_nor_averaged_nor_saved():
     (student.kd.features(features, tapped(X, T)[1], 64) + output.square().sum()).backward()
     assert train.update(Settings(**given), student, 0, torch.zeros(())) > 1e-3  # the norm before clipping
     assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(student.model.adapters, before, strict=True))
+    assert all((p - weights[name]).abs().max() < 1e-5 for name, p in net.named_parameters())  # these are clipped
     assert student.ema.state_dict().keys() == weights.keys() and all(p.grad is None for p in teacher.parameters())
     assert a_student("none", a_unet(), tapped).model.state_dict().keys() == teacher.state_dict().keys()
+    assert {group["weight_decay"] for group in a_student("out", weight_decay=0.3).optimizer.param_groups} == {0.3}
 
 
 def test_the_average_warms_up_then_keeps_its_rate():

@@ -334,6 +334,21 @@ def test_what_is_no_network_is_refused(change, message, tmp_path):
         load(tmp_path)
 
 
+def test_dropout_is_that_of_residual_blocks_and_saved():
+    net = teachers.PixelUNet(theirs())
+    net.set_dropout(0.25)
+    rates = {name: module.p for name, module in net.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {rate for name, rate in rates.items() if ".resnets." in name} == {0.25} == {net.net.config["dropout"]}
+    assert {rate for name, rate in rates.items() if ".attentions." in name} == {0.0}
+
+
+def test_blocks_with_numbers_that_are_not_saved_are_refused(tmp_path):
+    kinds = {"down_block_types": ("DownBlock2D", "KDownBlock2D"), "up_block_types": ("KUpBlock2D", "UpBlock2D")}
+    theirs(block_out_channels=(32, 32), **kinds).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its .*kernel is computed and not saved, .*: use other blocks"):
+        load(tmp_path)
+
+
 def test_settings_that_a_config_leaves_out_are_those_of_diffusers():
     needed = teachers.NEEDED
     assert inspected(needed) == {**needed, **teachers.DEFAULTS}
@@ -487,9 +502,10 @@ def test_our_own_students_load_from_the_hub_and_folders_come_first(hub, tmp_path
 
 
 def test_hub_ids_that_cannot_be_fetched_say_why(hub, monkeypatch):
-    hub.error = OSError("no connection to the hub\nand much more")
-    with pytest.raises(FileNotFoundError, match=r"no folder google/ddpm, .* be fetched: no connection .*hub$"):
-        load("google/ddpm")
+    for kind in (OSError, type("ProxyError", (Exception,), {})):  # the hub's HTTP library has errors of its own
+        hub.error = kind("no connection to the hub\nand much more")
+        with pytest.raises(FileNotFoundError, match=r"no folder google/ddpm, .* be fetched: no connection .*hub$"):
+            load("google/ddpm")
     hub.error = None
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         load("google/ddpm")

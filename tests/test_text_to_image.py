@@ -3,24 +3,30 @@
 That way goes from captioned images over latents and students back into a pipeline of diffusers (conftest.py).
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, LETTERS, ROOT, free_ports, refused, same
+from conftest import FAMILIES, LETTERS, ROOT, a_tokenizer, free_ports, refused, same
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from distil import data, metrics, sample
+from distil import data, metrics, sample, text_to_image
 from distil import latents as latent_space
+from distil.batches import batches
+from distil.prepare import prepare
 from distil.presets import SD_STUDENTS
+from distil.process import DDPM
 from distil.settings import parse
 from distil.students import Tapped
 from distil.teachers import load
@@ -414,6 +420,10 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     a, b = (np.asarray(Image.open(tmp_path / "images" / name / "00001.png")) for name in ("teacher", "alone"))
     assert a.shape == (64, 64, 3) and (a != b).any()
     assert Image.open(tmp_path / "images" / "samples.png").size[0] > 128
+    its = json.loads((latents[family] / "latents.json").read_text())["text_encoders"]
+    sample.check_text([run], SimpleNamespace(record={"text_encoders": its}))
+    with pytest.raises(ValueError, match=r"run has learned from the embeddings of text_encoder.*: give --no-t5"):
+        sample.check_text([run / "student/none-0"], SimpleNamespace(record={"text_encoders": [*its, "text_encoder_3"]}))
 
     own = getattr(diffusers, student.source).from_pretrained(run / "student" / "place-0")
     none = {} if family == "sd" else {"text_encoder_3": None, "tokenizer_3": None}
@@ -424,8 +434,47 @@ def test_from_captioned_images_to_a_student_inside_the_pipeline(
     assert f'DiffusionPipeline.from_pretrained("{pipelines[family]}", {student.folder}=student)' in card
 
 
+def test_captions_are_dropped_for_teacher_and_students_as_often_as_asked(pipelines, latents, tmp_path):
+    given = prepare(parse(command("sd", pipelines, latents, tmp_path / "run", "--caption-dropout", "0.5")))
+    with contextlib.closing(batches(given.settings, given.images, DDPM(), given.teacher)) as stream:
+        text = torch.cat([next(stream).cond["text"] for _ in range(5)])
+    dropped = (text == given.teacher.no_condition()["text"]).all(2).all(1)  # (20,)
+    assert 4 < dropped.sum() < 16
+
+
+def test_the_clip_score_is_the_mean_cosine_of_pairs(tmp_path):
+    torch.manual_seed(0)
+    own = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": 54, "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53, "max_position_embeddings": 8}
+    seen = {"image_size": 16, "patch_size": 8}
+    kinds = {"text_config": own | words, "vision_config": own | seen, "projection_dim": 12}
+    model = transformers.CLIPModel(transformers.CLIPConfig(**kinds)).eval()
+    model.half().save_pretrained(tmp_path)  # it computes in float32 all the same
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor, tokenizer = transformers.CLIPImageProcessor(**sizes), a_tokenizer(transformers, tmp_path)
+    for part in (processor, tokenizer):
+        part.save_pretrained(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (65, 3, 20, 20), np.uint8)  # a part of 64, and one more
+    prompts = [" ".join(LETTERS[i % 7 : i % 7 + 1 + i % 3]) for i in range(65)]
+    cosines = []
+    for image, prompt in zip(images, prompts, strict=True):
+        tokens = tokenizer([prompt], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+        pixels = processor([image.transpose(1, 2, 0)], return_tensors="pt")
+        with torch.no_grad():
+            text = model.float().get_text_features(**tokens).pooler_output
+            pixels = model.get_image_features(**pixels).pooler_output
+        cosines.append(torch.cosine_similarity(text, pixels).item())
+    assert text_to_image.ClipScore(tmp_path)(images, prompts) == pytest.approx(np.mean(cosines), abs=1e-5)
+    (tmp_path / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"--clip .* cannot be loaded: its tokenizer knows \d words of 54"):
+        text_to_image.ClipScore(tmp_path)
+
+
 def test_two_processes_train_as_one(pipelines, latents, tmp_path):
-    """By DDP and by FSDP, over gloo: a student as near to that of one process as sums in another order can be."""
+    """By DDP and by FSDP, over gloo: a student as near to that of one process as sums in another order can be. Under
+    FSDP one that was stopped goes on bit for bit."""
     few = ["--steps", "2", "--lr", "1e-3"]
 
     def run(name: str, *how: str) -> list[str]:
@@ -436,8 +485,14 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, train\nfrom distil import networks\n"
         "from distil.settings import parse\n"  # weights lie as on a GPU
         "networks.on_device = lambda net, device: net.to(device, memory_format=torch.channels_last)\n"
-        f"for port, run in zip({free_ports(2)}, {[run('ddp'), run('fsdp', '--fsdp')]}):\n"
-        "    os.environ['MASTER_PORT'] = port\n    assert train.main(parse(run)) == 0\n"
+        f"ports, whole = {free_ports(4)}, {[run('ddp'), run('fsdp', '--fsdp')]}\n"
+        f"stopped, save = {run('stopped', '--fsdp', '--save-every', '1')}, train.save_checkpoint\n\n\n"
+        "def run(arguments):\n    os.environ['MASTER_PORT'] = ports.pop()\n"
+        "    assert train.main(parse(arguments)) == 0\n\n\n"
+        "def stop(*given):\n    save(*given)\n    raise KeyboardInterrupt\n\n\n"
+        "run(whole[0])\nrun(whole[1])\n"
+        "train.save_checkpoint = stop\ntry:\n    run(stopped)\nexcept KeyboardInterrupt:\n    pass\n"
+        "train.save_checkpoint = save\nrun(stopped)\n"
     )
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     both = [
@@ -454,6 +509,8 @@ def test_two_processes_train_as_one(pipelines, latents, tmp_path):
     moved = sum((one[name] - start[name]).norm() for name in one)
     for two in (ddp, fsdp):
         assert 0 < sum((one[name] - two[name]).norm() for name in one) < 0.02 * moved
+    assert [json.loads(line)["step"] for line in (tmp_path / "stopped/log.jsonl").read_text().splitlines()] == [0, 1]
+    assert same(load(tmp_path / "stopped/student").state_dict(), fsdp)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -505,6 +562,7 @@ NULL = {"text": torch.zeros(5, 12), "pooled": torch.zeros(10)}
         (lambda p: Vae("nowhere"), "--vae nowhere is neither a folder nor a Hugging Face id such as owner/name"),
         (lambda p: Vae("owner/name"), "--vae owner/name cannot be loaded: "),
         (Vae, "cannot be loaded: it holds no diffusion_pytorch_model"),
+        (lambda p: a_unet(num_class_embeds=3), r"told a class beside the text .3.: use one that reads text alone"),
         (TextEncoder, "has no text encoders that can be read"),
     ],
 )  # fmt: skip
@@ -512,6 +570,33 @@ def test_what_cannot_be_is_refused_in_one_sentence(call, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         call(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: [(p / "tokenizer" / name).unlink() for name in os.listdir(p / "tokenizer") if "config" not in name],
+         r"its tokenizer knows \d words of 54: its vocabulary is missing"),
+        (lambda p: (p / "text_encoder/model.safetensors").write_bytes(bytes(9)), "SD has no text encoders that can be"),
+        (lambda p: (p / "model_index.json").write_text("[]"), "SD has no text encoders that can be read"),
+    ],
+)  # fmt: skip
+def test_a_pipeline_whose_text_encoders_are_not_whole_is_refused(spoil, message, pipelines, tmp_path):
+    shutil.copytree(pipelines["sd"], tmp_path / "SD")
+    spoil(tmp_path / "SD")
+    with pytest.raises(ValueError, match=message) as caught:
+        TextEncoder(tmp_path / "SD")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_said_when_a_diffusers_student_is_saved(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(text_to_image, "save_file", full)
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors cannot be written: No space left"):
+        a_unet().save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

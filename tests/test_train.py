@@ -118,6 +118,8 @@ def in_process(
     report.curves, metrics.macs, step = lambda *_: None, lambda net: 0, train.step
 
     def step_or_die(*given):
+        with open(f"steps-{os.getpid()}", "a") as file:
+            file.write("x")
         if given[5] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)  # no chance to tidy up
         if given[5] == signal_at:
@@ -192,6 +194,7 @@ def test_a_run_leaves_everything_the_readme_lists_and_repeating_it_trains_nothin
     for record in records:
         assert {"loss", "coarse", "fine", "w", "b0", "b1", "mse", "grad_norm", "lr"} <= record.keys()
         assert record["w"] == pytest.approx(1 - min(1, record["coarse"]), abs=1e-6)
+        assert record["lr"] == pytest.approx(5e-3 * train.lr_factor(parse([*TINY, *arguments]), record["step"]))
     states = torch.load(out / "checkpoint.pt", weights_only=True)["students"]
     saved = weights("all/student/place-0")
     assert all(torch.equal(saved[name], states["place-0"]["ema"][name]) for name in saved)
@@ -290,7 +293,8 @@ def test_half_precision_keeps_weights_and_losses_in_float32():
 
 
 def test_a_teacher_in_half_precision_leaves_the_arithmetic_of_students_and_nearly_what_it_says():
-    x, t, found = torch.randn(4, 1, 8, 8), DDPM().sample_t(4), []
+    generator = torch.Generator().manual_seed(0)  # where errors nearly tie rounding moves elements to other groups
+    x, t, found = torch.randn(4, 1, 8, 8, generator=generator), DDPM().sample_t(4, generator), []
     for precision in ("fp32", "bf16"):
         settings = Settings(kd=("none", "out", "place"), lambda_feat=0.0, teacher_precision=precision)
         torch.manual_seed(0)
@@ -481,8 +485,21 @@ def test_the_weight_of_the_fine_term_is_that_of_all_processes(monkeypatch):
     assert train.step(settings, [student], net, DDPM(), batch, 0, True)[0]["w"] == 0.75
 
 
-@pytest.mark.parametrize("lambda_feat", [0.0, 1.0])
-@pytest.mark.parametrize("method", ["out", "feat", "lift", "place"])
+@pytest.mark.parametrize("name", ["lift", "place", "out"])
+def test_a_log_line_says_the_lines_of_its_own_loss_and_without_one_those_of_place(name):
+    student, teacher = (torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    parts = lift_place.lift(student, teacher) if name == "lift" else lift_place.place(student, teacher)
+    batch, kd = Batch(student, student, student, student, torch.arange(4), {}), train.resolve(Settings(), name)
+    found = {key: value.item() for key, value in train.diagnose(kd, batch, student, teacher, None, 0).items()}
+    mse = (student - teacher).square().mean()
+    expected = (parts.coarse, parts.fine, parts.weight, parts.b0.mean(), parts.b1.mean(), mse)
+    names = ("coarse", "fine", "w", "b0", "b1", "mse")
+    assert found == pytest.approx({key: x.item() for key, x in zip(names, expected, strict=True)}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "lambda_feat"), [("out", 0.0), *itertools.product(("feat", "lift", "place"), (0.0, 1.0))]
+)
 def test_parts_of_a_batch_add_up_to_it(method, lambda_feat, monkeypatch):
     gradients, teacher, process, asked = [], models.UNet(8, 1, **SMALL), DDPM(), []
     teacher.register_forward_hook(lambda *_: asked.append(1))
@@ -554,7 +571,7 @@ def test_a_killed_run_resumes_bit_for_bit(kind, processes, capsys):
     )
     run(*arguments, "--out", f"runs/{whole}")
     process = processes([[*arguments, "--preview-every", "2", "--out", f"runs/{killed}"]], kill_at=3)
-    process.join()
+    process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert [torch.load(f"runs/{killed}/checkpoint.pt", weights_only=True)["step"], log(killed)[-1]["step"]] == [2, 2]
     assert Path(f"runs/{killed}/samples.png").is_file()  # of 32 samples of its students, which changed nothing
@@ -830,6 +847,8 @@ def test_a_second_run_of_a_folder_is_refused_and_one_of_a_teacher_waits(processe
     for process in both:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0] and same("a/student", "b/student")
+    steps = [Path(f"steps-{process.pid}").stat().st_size for process in both]
+    assert sorted(steps) == [6, 36]  # one trained the teacher, too
 
 
 @pytest.mark.usefixtures("_quick")
@@ -918,10 +937,8 @@ REFUSED = [
     ("--kd plaice", "--kd plaice", "did you mean place"),
     ("--kd place place", "--kd", "once"),
     ("--dataset cleba", "--dataset cleba", "digits"),
-    ("--data /nowhere", "/nowhere", "folder"),
     ("--teacher /nowhere", "/nowhere", "network"),
     ("--steps 0", "--steps 0", "at least 1"),
-    ("--steps many", "--steps", "many"),
     ("--eval-samples 3", "--eval-samples 3", "at least 6"),
     ("--fold-steps 1025", "--fold-steps 1025", "at most 1024"),
     ("--fold-steps 1001", "--fold-steps", "1 to 1000 steps, not 1001"),
@@ -974,7 +991,6 @@ REFUSED = [
     ("--channels 1000000", "--channels 1000000", "at most 8192"),
     ("--eval-samples 1000000000000000000000000000000", "--eval-samples", "at most 10000000"),
     ("--vae x", "--vae is for latents", "digits"),
-    ("--schedule liner", "did you mean linear"),
     ("--bogus", "--bogus"),
     ("--dataset folder", "--dataset folder needs --data"),
     ("--data nowhere", "there is no folder nowhere"),
@@ -1010,7 +1026,6 @@ REFUSED = [
     ("--steps 1e3", "--steps 1e3 cannot be used, it must be a whole number, as 1000"),
     ("--channel-mults 1,a", "--channel-mults 1,a cannot be used", "commas between them, as 1,2,2"),
     ("--seed -1", "--seed -1 cannot be used, it must be at least 0\n"),
-    ("--dat x", "there is no --dat; did you mean --data?"),
     ("--arch dit --depth-method learned --prune 0.8 --teacher {deep}", "options a group, too many to choose from"),
     ("--sample-steps 1", "--sample-steps 1 cannot be used", "use more steps"),
     ("--teacher {rgb} --channels 8", "--channels is of a teacher that is trained here", "{rgb}", "leave it out"),
