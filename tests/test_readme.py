@@ -185,7 +185,7 @@ BETWEEN = {  # what the front page says between its tables: (run, method, column
     "with `--head statistics` `none` is at {} where it was at {} (five": [
         (f"calibrate-head8-keep{head}", "none", "px") for head in ("-head", "")
     ],
-    "plain `out` is ahead of PLACE there, {} against {}.": [
+    "Then `out` is ahead of PLACE there, {} against {}, at 32x32 behind it.": [
         ("calibrate-head8-keep-head", name, "px") for name in ("out", "place")
     ],
 }  # fmt: skip
