@@ -299,7 +299,7 @@ def open_text(flags: Flags, device: torch.device) -> tuple[list[str], TextEncode
 def check_text(folders: Sequence[Path], text: TextEncoder) -> None:
     """ValueError where networks have learned from the embeddings of other encoders, as their data says."""
     for run in {run for run in map(run_of, folders) if run is not None}:
-        record = Path(disk.read_json(run / "config.json", "bring it back")["data"] or "", data.RECORD)
+        record = Path(disk.read_json(run / "config.json", "bring it back").get("data") or "", data.RECORD)
         theirs = disk.read_json(record, "bring it back").get("text_encoders") if record.is_file() else None
         if theirs and theirs != text.record["text_encoders"]:
             change = "give" if "text_encoder_3" in text.record["text_encoders"] else "leave out"
