@@ -51,14 +51,15 @@ def write(
     out: Path, run: Path, steps: int, protocol: str, rows: list[dict[str, Any]], samples: dict[str, Tensor], **more: Any
 ) -> None:
     """OUT/metrics.json in the form of a run's, of a sampler of so many steps, OUT/samples.png of the first seed's
-    students, and a printed table."""
+    students where there are samples, and a printed table."""
     settings = plain(doctor.run_settings(run)) | {"sample_steps": steps}
     found = {"settings": settings, "machine": machine.describe(), "protocol": protocol, **more}
     out.mkdir(parents=True, exist_ok=True)
     disk.write_json(out / "metrics.json", {**found, "teacher": rows[0], "students": rows[1:]}, indent=1)
     seed = f"-{rows[1]['seed']}"
     first = {name.removesuffix(seed): x for name, x in samples.items() if name == "teacher" or name.endswith(seed)}
-    report.grid(out / "samples.png", first, lines=1)
+    if first:
+        report.grid(out / "samples.png", first, lines=1)
     print(f"{report.table(rows)}\n\n{protocol}")
 
 

@@ -20,14 +20,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import scale
-from distil import data, disk, doctor, machine, metrics, report, sample
+from benchmarks import calibrate, scale
+from distil import data, disk, doctor, machine, metrics, sample
 from distil.command import Parser
 from distil.fast_loss import lift, place
-from distil.settings import Settings, plain
+from distil.settings import Settings
 from lift_place import PRESETS, schedule
 from notebooks.analysis import Loss, distil, finished, sum_of_squares
 
+FOLDER = Path("runs/losses")
 CONSTANTS, STEPS = PRESETS["diff-pruning"], scale.RECIPE["steps"]  # K = 16, l1, sums over C, H, W
 
 
@@ -84,7 +85,7 @@ LOSSES: dict[str, Loss] = {
 
 def of_seed(settings: Settings, seed: int, ruler: metrics.DigitClassifier) -> list[dict[str, Any]]:
     """Rows of the teacher, of the usual methods, and of all `LOSSES`, for the students of one seed."""
-    folder = Path("runs/losses", Path(settings.out).name, str(seed))
+    folder = FOLDER / Path(settings.out).name / str(seed)
     if not (folder / "rows.json").exists():
         usual = replace(settings, kd=("none", "out", "out+feat"), seeds=(seed,), lambda_feat=1e-6)
         finished(replace(usual, out=str(folder / "methods")))
@@ -111,16 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         train_images, held_out = (data.load("folder", source / part, given.size) for part in ("train", "held-out"))
     ruler = metrics.fit_classifier(train_images, held_out)
     found = [of_seed(settings, seed, ruler) for seed in given.seeds]
-    protocol = (
-        f"{scale.SAMPLES} generated, {settings.sample_steps} steps, against {len(train_images.images):,} training "
-        f"images; digits: a classifier with {ruler.accuracy:.1%} of held-out images right"
-    )
-    rows = {"teacher": found[0][0], "students": [row for rows in found for row in rows[1:]]}
-    out = scale.HERE.parent / f"losses-{Path(settings.out).name}"
-    out.mkdir(exist_ok=True)
-    about = {"settings": plain(settings), "machine": machine.describe(), "protocol": protocol}
-    disk.write_json(out / "metrics.json", about | rows, indent=1)
-    print(f"{report.table([rows['teacher'], *rows['students']])}\n\n{protocol}")
+    run = FOLDER / Path(settings.out).name / str(given.seeds[0]) / "methods"
+    steps = doctor.run_settings(run).sample_steps
+    protocol = scale.protocol(steps, train_images, ruler)
+    rows = [found[0][0], *(row for rows in found for row in rows[1:])]
+    calibrate.write(scale.HERE.parent / f"losses-{Path(settings.out).name}", run, steps, protocol, rows, {})
     return 0
 
 

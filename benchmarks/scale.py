@@ -98,12 +98,15 @@ def study(settings: Settings, ways: Sequence[str], steps: Sequence[int]) -> None
     x0 = data.to_float(torch.from_numpy(np.asarray(held_out.images)))[:: len(held_out.images) // FITTED][:FITTED]
     case = case._replace(classifier=ruler, x0=x0)  # (FITTED, 1, size, size)
     rows, samples = case.compare(calibrate.study(case, ways))
-    protocol = (
-        f"{SAMPLES} generated, {len(case.times)} steps, against {len(train_images.images):,} training images; fitted "
-        f"on {len(x0)} held-out images; digits: a classifier with {ruler.accuracy:.1%} of held-out images right"
-    )
+    about = protocol(len(case.times), train_images, ruler, f"fitted on {len(x0)} held-out images")
     found = [row for n in steps for row in first_errors(case._replace(sampler=case.sampler | {"steps": n}))]
-    calibrate.write(HERE / run.name, run, len(case.times), protocol, rows, samples, first_errors=found)
+    calibrate.write(HERE / run.name, run, len(case.times), about, rows, samples, first_errors=found)
+
+
+def protocol(steps: int, real: data.Images, ruler: metrics.DigitClassifier, *more: str) -> str:
+    """How the numbers of a study came about, in a sampler of so many steps."""
+    generated = f"{SAMPLES} generated, {steps} steps, against {len(real.images):,} training images"
+    return "; ".join((generated, *more, f"digits: a classifier with {ruler.accuracy:.1%} of held-out images right"))
 
 
 def results() -> dict[tuple[int, float, str, bool], dict[str, Any]]:

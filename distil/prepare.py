@@ -241,7 +241,7 @@ def pretended(settings: Settings, channels: int | None = None) -> data.Images | 
     if own is None and settings.dataset not in SIZES:
         return None
     names = pictures.image_files(Path(settings.data)) if settings.dataset in SIZES else []
-    channels = own or channels or (1 if names and pictures.are_gray(Path(settings.data), names) else 3)
+    channels = own or channels or (1 if pictures.are_gray(Path(settings.data), names) else 3)
     n, known = len(names) or 10, digest("\n".join(names).encode("utf-8", "surrogateescape")) if names else ""
     pixels = np.broadcast_to(np.uint8(0), (n, channels, settings.image_size, settings.image_size))
     return data.Images(pixels, np.arange(n) % 10, settings.dataset, fingerprint=known)
