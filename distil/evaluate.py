@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil import data, disk, inception, machine, metrics, report, sample, shards
+from distil import data, disk, inception, machine, metrics, pictures, report, sample, shards
 from distil.command import Parser, flag, option
 from distil.process import Process, process_of
 from distil.settings import FREE, Settings, plain
@@ -260,7 +260,7 @@ def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None)
         job, device = sample.prepare(runs, flags), machine.find_device(flags.device)
         if flags.clip is not None and not job.prompts:
             raise ValueError("--clip compares images with their prompts, and these networks read none: leave it out")
-        clip = None if flags.clip is None else ClipScore(flags.clip, device)
+        clip = None if flags.clip is None else ClipScore(flags.clip, device, flags.resize)
         if rank == 0 and flags.num is not None:
             extract = extract or inception.Inception(flags.mode, device)
             real = open_reference(flags, job.shape, extract)
@@ -307,15 +307,18 @@ def fid(
     )
     device, rows = machine.find_device(flags.device), []
     search = device if device.type == "cuda" else "cpu"  # in float64, which mps lacks
+
+    def seen(images: Tensor) -> Tensor:
+        return extract(images if small is None else torch.from_numpy(pictures.squash(images.numpy(), small)))
+
     for name, net in job.nets.items():
         images, done = rooms[name]
         if flags.npz:
             with disk.whole(Path(flags.out) / name / "samples.npz") as part, part.open("wb") as file:
                 np.savez(file, arr_0=images.transpose(0, 2, 3, 1))  # (N, H, W, C)
-        seen = extract if small is None else inception.resized(extract, small)
         fake = metrics.features(seen, images, batch=100, label=f"features of {name}")
         options = {"k": flags.k, "classes": getattr(extract, "classes", None), "device": search}
-        row = {"name": name, "n": job.count, **metrics.feature_scores(real, fake, **options)}
+        row = {"name": name, "n": job.count, **metrics.feature_scores(real, fake, shuffle=bool(job.prompts), **options)}
         row |= {"non_finite": int((done == 2).sum()), **sizes(net)}
         about = {"protocol": protocol, "machine": machine.describe()}
         disk.write_json(Path(flags.out) / name / "scores.json", row | about)

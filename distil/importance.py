@@ -165,7 +165,8 @@ class LoRA(nn.Module):
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
         rank = min(rank, *weight.shape)
-        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=weight.shape[1] ** -0.5))
+        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -181,7 +182,8 @@ def learned_blocks(
     losses: (network, step) -> those of one batch, () each, which are summed, for a network that is called as `net` is;
     of several one is in memory at a time. Published: the diffusion loss alone, batch 128, one epoch of ImageNet; AdamW,
     1e-3 for the logits, 1e-4 for the rest, clip 1, a temperature that falls from 4 to 0.1, decision by an average of
-    rate 0.999. torch's global random state stays as it was.
+    rate 0.999 (here it forgets the start of short runs). Of several processes each learns from its own batches, and
+    from the mean of all gradients. torch's global random state stays as it was.
     ValueError for a `keep` that cannot be chosen, or a loss that is not finite.
     """
     device = next(net.parameters()).device
@@ -194,11 +196,13 @@ def learned_blocks(
         average = gated.gates.detach().clone()
         for step in machine.progress_bar(range(steps), desc="choosing blocks", disable=not progress):
             gated.tau = 4 + (0.1 - 4) * step / max(steps - 1, 1)
-            torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+            torch.manual_seed(machine.hash_seed(seed, step, machine.rank_and_world()[0]))
             for loss in losses(gated, step):
                 if not loss.isfinite():
                     raise ValueError(f"the loss at step {step} of choosing blocks is {loss.item()}: nothing is learnt")
                 loss.backward()
+            for p in (gated.gates, *learned):
+                p.grad = machine.mean_over_ranks(p.grad)
             nn.utils.clip_grad_norm_([gated.gates, *learned], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from distil import disk, machine
@@ -105,14 +104,3 @@ def inception(mode: str, device: torch.device) -> Extract:
             return build_feature_extractor(mode, device, use_dataparallel=False)
         resizes = mode == "legacy_tensorflow"
         return InceptionV3W(str(path.parent), download=False, resize_inside=resizes).to(device).eval()
-
-
-def resized(extract: Extract, size: int) -> Extract:
-    """`extract` of images (B, C, H, W) that PIL brings to size x size first (bicubic), as the paper's Table 2 does."""
-
-    def extract_resized(images: Tensor) -> Tensor:
-        small = [Image.fromarray(x).resize((size, size)) for x in images.permute(0, 2, 3, 1).squeeze(-1).numpy()]
-        x = torch.from_numpy(np.stack([np.atleast_3d(image) for image in small]))  # (B, size, size, C)
-        return extract(x.permute(0, 3, 1, 2))
-
-    return extract_resized

@@ -103,6 +103,8 @@ def _webdataset(tars: Sequence[Path]) -> Captioned:
                     text = about.get("caption", about.get("text")) if isinstance(about, dict) else None
                     if isinstance(text, str):
                         captions[key] = text.strip()
+            if archive.offset >= tar.stat().st_size:  # cut off between two members it looks whole
+                raise tarfile.ReadError("it ends without the mark of its end, so it is cut off: fetch it again")
 
     def read(key: str) -> io.BytesIO:
         tar, offset, size = places[key]

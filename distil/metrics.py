@@ -278,21 +278,25 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
         np.random.set_state(state)
 
 
-def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """Inception Score of logits (N, K), the mean over `splits` parts in their order (Salimans et al. 2016). ADM takes
-    parts of 5,000: the same for 50,000 images."""
+def inception_score(logits: Tensor, splits: int = 10, shuffle: bool = False) -> float:
+    """Inception Score of logits (N, K), the mean over `splits` parts (Salimans et al. 2016). ADM takes parts of 5,000
+    in their order: the same for 50,000 images. shuffle: as torch-fidelity does first, for neighbours may be alike."""
+    if shuffle:
+        logits = logits[np.random.RandomState(2020).permutation(len(logits))]
     parts = torch.chunk(logits.double().log_softmax(1), splits)  # log p(y | x), (N / splits, K) each
     kl = [(p.exp() * (p - p.logsumexp(0) + math.log(len(p)))).sum(1).mean() for p in parts]
     return torch.stack(kl).exp().mean().item()
 
 
 def feature_scores(
-    real: Reference, fake: Tensor, *, k: int = 5, classes: Tensor | None = None, device: torch.device | str = "cpu"
-) -> dict[str, float | None]:
+    real: Reference, fake: Tensor, *, k: int = 5, classes: Tensor | None = None, shuffle: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, float | None]:  # fmt: skip
     """frechet (FID on Inception's), kid, inception_score, precision, recall of features (M, D), float32 on the CPU.
 
     None is what cannot be said: the last two below NEIGHBOURS images, they and kid against statistics alone, the
-    Inception Score without `classes` (K, D). device: of the search for the k-th neighbours: 50,000 take a CPU minutes.
+    Inception Score without `classes` (K, D), before which `shuffle` mixes the images. device: of the search for the
+    k-th neighbours: 50,000 take a CPU minutes.
     """
     scores: dict[str, float | None] = {"frechet": frechet_gaussians(real.gaussian, gaussian(fake))}
     scores |= dict.fromkeys(("kid", "inception_score", "precision", "recall"))
@@ -302,7 +306,7 @@ def feature_scores(
             found = precision_recall(real.features.to(device), fake.to(device), k)
             scores |= dict(zip(("precision", "recall"), found, strict=True))
     if classes is not None:
-        scores["inception_score"] = inception_score(fake @ classes.T)
+        scores["inception_score"] = inception_score(fake @ classes.T, shuffle=shuffle)
     return scores
 
 

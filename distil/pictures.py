@@ -118,3 +118,12 @@ def decode(file: Path | io.BytesIO, image_size: int, channels: int, face: tuple 
         image = TF.center_crop(TF.resize(image, image_size, TF.InterpolationMode.BILINEAR), image_size)
         pixels = np.asarray(image).reshape(image_size, image_size, channels)  # (H, W, C)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
+
+
+def squash(images: np.ndarray, size: int) -> np.ndarray:
+    """Images (B, C, H, W) uint8, whole, as PIL brings them to `size` pixels a side (bicubic): (B, C, size, size)."""
+    from PIL import Image
+
+    pixels = [x[0] if len(x) == 1 else x.transpose(1, 2, 0) for x in images]  # (H, W) or (H, W, 3) each
+    small = [np.atleast_3d(Image.fromarray(x).resize((size, size))) for x in pixels]
+    return np.stack(small).transpose(0, 3, 1, 2)  # (B, C, size, size)

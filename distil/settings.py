@@ -59,7 +59,9 @@ class Settings:
     depth_method: str | None = option(None, "dit, mmdit: which blocks stay", choices=DEPTH_METHODS)
     depth_steps: int | None = option(None, "steps of choosing them with learned", int, low=1)
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
-    taylor_threshold: float = option(0.0, "taylor stops where the loss is below this part of it", float, low=0, high=1)
+    taylor_threshold: float | None = option(
+        None, "taylor stops where the loss is below this part of the largest", float, low=0, high=1
+    )
     taylor_batch: int | None = option(None, "images that it looks at; without a preset a batch", int, low=1)
     taylor_steps: int | None = option(None, "timesteps that it looks at, evenly spaced; all", int, low=1)
     norm_groups: str | None = option(None, "their number stays, or scales with the width", choices=("keep", "scale"))

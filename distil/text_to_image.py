@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distil import disk, machine
+from distil import disk, machine, pictures
 from distil.presets import SD_STUDENTS
 from models import Network, check_fit, fingerprint, sealed
 
@@ -383,9 +383,11 @@ class TextEncoder:
 
 class ClipScore:
     """The mean cosine between the CLIP embeddings of images and of their prompts; `where` is a folder or hub id, of the
-    paper laion/CLIP-ViT-g-14-laion2B-s34B-b88K. ValueError if it cannot be read."""
+    paper laion/CLIP-ViT-g-14-laion2B-s34B-b88K. size: in pixels, to which images are brought first, in the paper 256.
+    ValueError if it cannot be read."""
 
-    def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu"):
+    def __init__(self, where: str | os.PathLike, device: torch.device | str = "cpu", size: int | None = None):
+        self.size = size
         transformers = machine.library("transformers", "the CLIP score", INSTALL)
         options = {"use_safetensors": True, "dtype": torch.float32}
         with loading(f"--clip {where} cannot be loaded"):
@@ -401,7 +403,8 @@ class ClipScore:
         for first in range(0, len(prompts), 64):
             some, how = slice(first, first + 64), {"return_tensors": "pt"}
             tokens = self.tokenizer(prompts[some], padding=True, truncation=True, max_length=longest, **how)
-            pixels = self.processor(list(images[some].transpose(0, 2, 3, 1)), **how)
+            part = images[some] if self.size is None else pictures.squash(images[some], self.size)  # (B, 3, H, W)
+            pixels = self.processor(list(part.transpose(0, 2, 3, 1)), **how)
             output = self.model(**tokens.to(self.model.device), **pixels.to(self.model.device))
             total += (output.image_embeds * output.text_embeds).sum().item()  # both of length 1
         return total / len(prompts)

@@ -870,3 +870,12 @@ def test_pixels_go_to_floats_and_back():
     for convert, wrong, message in ((to_float, torch.zeros(2), "uint8"), (to_uint8, torch.tensor([1]), "floats")):
         with pytest.raises(ValueError, match=message):
             convert(wrong)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_squashed_as_pil_does(channels):
+    images = RNG.integers(0, 256, (3, channels, 20, 24), np.uint8)
+    found = pictures.squash(images, 12)
+    assert found.shape == (3, channels, 12, 12)
+    one = Image.fromarray(images[1].transpose(1, 2, 0).squeeze()).resize((12, 12), Image.BICUBIC)
+    np.testing.assert_array_equal(found[1].transpose(1, 2, 0).squeeze(), one)

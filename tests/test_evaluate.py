@@ -17,7 +17,7 @@ from test_metrics import means
 from test_report import cells
 from test_report import metrics as a_metrics
 
-from distil import data, evaluate, inception, metrics, report, sample, shards
+from distil import data, evaluate, inception, metrics, pictures, report, sample, shards
 from distil.process import DDPM
 from distil.settings import Settings
 from models import DiT
@@ -241,7 +241,7 @@ def test_images_are_scored_as_a_published_table_was(capsys):
     assert "resized to 16x16" in out and "eta 1" in out and "float32" in out and " IS |" in out
     images = np.load("runs/evaluation/net/samples.npz")["arr_0"]  # (N, H, W, C), not resized
     assert images.shape == (110, 8, 8, 1) and images.dtype == np.uint8
-    seen = inception.resized(extract, 16)(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    seen = extract(torch.from_numpy(pictures.squash(images.transpose(0, 3, 1, 2), 16)))
     found = json.loads(Path("runs/evaluation/net/scores.json").read_text())
     assert found["inception_score"] == pytest.approx(metrics.inception_score(seen @ classes.T))
     assert found["precision"] == metrics.precision_recall(extract(torch.from_numpy(real)), seen, 3)[0]
@@ -268,8 +268,8 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
     seen = {}
 
     class Clip:
-        def __init__(self, where, device):
-            self.where = where
+        def __init__(self, where, device, size):
+            self.where = where, size
 
         def __call__(self, images, prompts):
             seen[len(seen)] = (images.shape, prompts, self.where)
@@ -280,12 +280,12 @@ def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, mon
     more = ["--prompts", "prompts.txt", "--teacher", str(pipelines["sd"]), "--sample-steps", "2", "--clip", "a/model"]
     assert evaluate.main([str(pipelines["sd"]), *more, "--out", "clip"]) == 0
     assert capsys.readouterr().out == "CLIP score 0.2500  teacher\nCLIP score 0.2500  sd\n"
-    assert list(seen.values()) == [((2, 3, 64, 64), ["a b", "cab"], "a/model")] * 2
+    assert list(seen.values()) == [((2, 3, 64, 64), ["a b", "cab"], ("a/model", None))] * 2
 
-    more += ["--num", "7", "--dataset", "folder", "--data", str(captioned)]
+    more += ["--num", "7", "--dataset", "folder", "--data", str(captioned), "--resize", "32"]
     assert evaluate.main([str(pipelines["sd"]), *more, "--out", "fid"], means) == 0
     assert "8 of 8 images of folder (train), 7 generated" in capsys.readouterr().out
-    assert seen[3] == ((7, 3, 64, 64), ["a b", "cab"] * 3 + ["a b"], "a/model")
+    assert seen[3] == ((7, 3, 64, 64), ["a b", "cab"] * 3 + ["a b"], ("a/model", 32))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from distil import importance
 from distil.importance import GatedDepth, accumulate_gradients, block_influence, learned_blocks, random_blocks
 from distil.process import DDPM
 from models import DiT, UNet, prune_channels, prune_depth
@@ -166,6 +167,9 @@ def test_the_learned_choice_drops_useless_blocks_and_leaves_the_network_alone():
     assert fresh == [True, False, False, False] * 60  # a part is learnt from before the next is looked at
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.MonkeyPatch.context() as patch:  # what is learnt of is the mean over all processes
+        patch.setattr(importance.machine, "mean_over_ranks", torch.zeros_like)
+        assert learned_blocks(net, 2, loss, 3, progress=False) == [0, 2]  # the first options: nothing was learnt
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

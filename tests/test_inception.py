@@ -94,15 +94,6 @@ def test_adm_scores_through_the_network_of_torch_fidelity(fidelity_weights, monk
     assert not (tmp_path / "touched").exists()
 
 
-def test_images_are_resized_as_pil_does():
-    images = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
-    for x in (images, images[:, :1]):
-        found = inception.resized(lambda small: small, 12)(x)
-        one = np.asarray(Image.fromarray(x[1].permute(1, 2, 0).squeeze(-1).numpy()).resize((12, 12), Image.BICUBIC))
-        assert found.shape == (3, x.shape[1], 12, 12)
-        np.testing.assert_array_equal(found[1].permute(1, 2, 0).squeeze(-1), one)
-
-
 @pytest.mark.parametrize("mode", inception.MODES[:3])  # of clean-fid
 def test_weights_of_inception_are_opened_only_with_the_published_checksum(mode, tmp_path, monkeypatch):
     """A TorchScript file can run anything: another one is refused unopened, wherever it comes from."""

@@ -275,6 +275,11 @@ def test_a_tar_that_cannot_be_read_is_named(layouts):
     (layouts / "tars" / "2.tar").touch()
     with pytest.raises(ValueError, match=r"the captions in .*2\.tar cannot be read"):
         read_captions(layouts / "tars")
+    with tarfile.open(layouts / "tars" / "0.tar") as tar:
+        between = tar.getmembers()[4].offset
+    (layouts / "tars" / "2.tar").write_bytes((layouts / "tars" / "0.tar").read_bytes()[:between])
+    with pytest.raises(ValueError, match=r"2\.tar cannot be read: it ends without the mark of its end"):
+        read_captions(layouts / "tars")
     packed = layouts / "packed.tar"
     packed.write_bytes(gzip.compress((layouts / "tars" / "0.tar").read_bytes()))
     with pytest.raises(ValueError, match=r"the captions in .*packed\.tar cannot be read"):

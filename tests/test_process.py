@@ -427,11 +427,18 @@ def test_only_the_variance_learns_from_the_bound():
 
 
 def test_the_first_step_is_the_likelihood_of_8_bit_pixels():
-    """The probabilities of the 256 levels add up to 1."""
+    """The probabilities of the 256 levels add up to 1, and are those of ADM's approximation of a Gaussian."""
     process, t, x_t = DDPM(), torch.zeros(1, dtype=torch.int64), torch.full((1, 1, 1, 1), 0.2)
     output, levels = torch.tensor([0.3, 0.5])[None, :, None, None], torch.arange(256) / 127.5 - 1
     bits = [process.bound(output, level.view(1, 1, 1, 1), x_t, t).item() for level in levels]
     assert sum(2**-b for b in bits) == pytest.approx(1, abs=1e-3)
+    betas = process.betas.double()
+    a, variance = 1 - betas[0], betas[1] * betas[0] / (1 - (1 - betas[0]) * (1 - betas[1]))  # the least one, at t = 1
+    mean, std = (0.2 - 0.3 * betas[0].sqrt()) / a.sqrt(), (0.75 * betas[0].log() + 0.25 * variance.log()).mul(0.5).exp()
+    z = torch.stack([levels.double() + edge - mean for edge in (1 / 255, -1 / 255)]) / std
+    high, low = nn.functional.gelu(z, approximate="tanh") / z  # which is z times the same approximation
+    near = slice(150, 156)  # 2.5 standard deviations around the mean
+    torch.testing.assert_close(torch.tensor(bits)[near], -(high - low).log2()[near].float(), rtol=1e-3, atol=1e-3)
 
 
 # ---- folds -----------------------------------------------------------------------------------------------------------

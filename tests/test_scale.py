@@ -10,7 +10,7 @@ from conftest import refused
 from PIL import Image
 
 from benchmarks import losses, scale
-from distil import evaluate, metrics
+from distil import evaluate, metrics, report
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "SAMPLES", 6)
     monkeypatch.setattr(scale, "FITTED", 5)
     monkeypatch.setattr(metrics, "macs", lambda net: 0)
+    monkeypatch.setattr(report, "curves", lambda *_: None)
     monkeypatch.setattr(metrics, "fit_classifier", functools.partial(metrics.fit_classifier, steps=5))
     (tmp_path / "docs").mkdir()
     return tmp_path

@@ -15,11 +15,13 @@ from distil.settings import Settings, parse, plain
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 
 PIXELS = {
-    "arch": "unet", "importance": "taylor", "taylor_threshold": 0, "norm_groups": "keep", "constants": "diff-pruning",
+    "arch": "unet", "importance": "taylor", "norm_groups": "keep", "constants": "diff-pruning",
     "lambda_diff": 1, "lambda_out": 1, "lambda_feat": 1e-6, "group_size": 16, "sample_steps": 100, "teacher": "auto",
 }  # fmt: skip
 CELEBA = PIXELS | {"image_size": 64, "lr": 2e-4, "clip": 1, "ema": 0.9999, "dropout": 0.1, "batch_size": 96}
+CELEBA |= {"taylor_threshold": 0}
 BEDROOM = PIXELS | {"image_size": 256, "lr": 2e-5, "clip": 0, "ema": 0.999, "dropout": 0, "batch_size": 16}
+BEDROOM |= {"taylor_threshold": 0.01}  # that of its scripts, which give none
 TEXT = {"arch": "sd", "process": "sd", "constants": "bk-sdm", "steps": 50_000, "lr": 5e-5, "batch_size": 128}
 TEXT |= {
     "ema_warmup": True,
@@ -67,7 +69,7 @@ DIGITS = {"steps": 1500, "norm_groups": "keep", "init": "teacher", "lambda_diff"
         ("--data x", {"norm_groups": "scale", "clip_x0": True}),  # what serves people's own images
         ("--data x --norm-groups keep --no-clip-x0", {"norm_groups": "keep", "clip_x0": False}),
         ("--data x --process flow", {"clip_x0": False}),
-        ("--dataset cifar10", {"spacing": "quad", "taylor_batch": 128}),
+        ("--dataset cifar10", {"spacing": "quad", "taylor_batch": 128, "taylor_threshold": 0.05}),
         ("--dataset cifar10 --fold-steps 5", {"spacing": "leading"}),
         ("--data x --student y", {"norm_groups": "keep"}),
         ("--dataset celeba --prune 0.6", {"steps": 240_000}),  # between two ratios: the next

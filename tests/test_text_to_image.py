@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from distil import data, metrics, sample, text_to_image
+from distil import data, metrics, pictures, sample, text_to_image
 from distil import latents as latent_space
 from distil.batches import batches
 from distil.prepare import prepare
@@ -465,6 +465,8 @@ def test_the_clip_score_is_the_mean_cosine_of_pairs(tmp_path):
             pixels = model.get_image_features(**pixels).pooler_output
         cosines.append(torch.cosine_similarity(text, pixels).item())
     assert text_to_image.ClipScore(tmp_path)(images, prompts) == pytest.approx(np.mean(cosines), abs=1e-5)
+    small, whole = text_to_image.ClipScore(tmp_path, size=12), text_to_image.ClipScore(tmp_path)
+    assert small(images, prompts) == pytest.approx(whole(pictures.squash(images, 12), prompts), abs=1e-6)
     (tmp_path / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).unlink(missing_ok=True)
