@@ -42,11 +42,11 @@ from distil.batches import Batch, batches
 from distil.earlier import read_checkpoint
 from distil.machine import Stop, hash_seed, mean_over_ranks, rank_and_world, say
 from distil.networks import Run, new_network, smaller, start_of, teacher_settings
-from distil.prepare import dry_run, open_teacher, outlook, prepare, sketch
+from distil.prepare import SEEN, dry_run, open_teacher, outlook, prepare, sketch
 from distil.process import Process, fold_of, make_process, process_of, split
 from distil.students import FEATURES, PATIENCE, ShardedStudent, Student, autocast, find_dtype, predict, tap, timed
 from lift_place import PRESETS, Distillation, adaptive, schedule
-from models import Network
+from models import Network, fingerprint
 
 # ---- The objective ---------------------------------------------------------------------------------------------------
 
@@ -345,7 +345,7 @@ def stop_learning(student: Student, record: dict[str, Any]) -> None:
     student.stopped = record["step"]
     parts = ", ".join(f"{name} {value:.3g}" for name, value in record.items() if isinstance(value, float))
     why = f"{student.patience} steps in a row were not finite ({parts}). It keeps its last finite weights"
-    remedy = "a smaller --lr, a longer --warmup, --clip 1 or --precision fp32 would help"
+    remedy = "a smaller --lr would help, or with --teacher of this one a longer --warmup, --clip 1, --precision fp32"
     machine.note(f"{student.name} stopped before step {student.stopped}: {why}; {remedy}")
 
 
@@ -454,6 +454,7 @@ def train_teacher(run: Run) -> Network:
         if rank_and_world()[0] == 0:
             if (folder / "student").exists():
                 shutil.rmtree(folder / "student")  # a preview, of a step that depends on when the run was killed
+            disk.write_json(folder / SEEN, run.images.about)
             student.ema.save(folder / "teacher")
         return student.ema
 
@@ -471,10 +472,10 @@ def make_students(
     teacher.requires_grad_(False).zero_grad(set_to_none=True)
     comparing = [method for method in methods if method.features is not None]
     tapped = tap(teacher, nets[0], comparing[0].taps) if comparing else teacher
-    kind = ShardedStudent if settings.fsdp else Student
-    students = []
+    kind, students = ShardedStudent if settings.fsdp else Student, []
+    taught = {"teacher": tapped, "taught_by": fingerprint(teacher.state_dict().values())}
     for seed, net in zip(settings.seeds, nets, strict=True):
-        students += [kind(settings, method, seed, start_of(run, net, seed, time), tapped) for method in methods]
+        students += [kind(settings, method, seed, start_of(run, net, seed, time), **taught) for method in methods]
     return students, tapped
 
 

@@ -220,16 +220,17 @@ def main(argv: list[str] | None = None) -> int:
     case, flags = doctor.read(parser, argv, num=300)
     with machine.refusing(parser.prog):
         calibrations = case.fit()
-    ways = []
-    for name, calibration in calibrations.items():
-        calibration.save(case.folders[name])
-        method, _, seed = name.rpartition("-")  # as train.py calls students of a run; others have names of their own
-        method = method if method and seed.isdecimal() else name
-        for kind, net in (("", case.students[name]), (", calibrated", Calibrated(case.students[name], calibration))):
-            ways.append(doctor.Way(f"{name}{kind}", net, {"method": f"{method}{kind}", "seed": seed}))
-    rows, samples = case.compare(ways)
-    picture = Path(flags.out) / "calibration.png"
-    report.grid(picture, samples)
+    ways, picture = [], Path(flags.out) / "calibration.png"
+    with machine.refusing(parser.prog, (OSError,)):
+        for name, calibration in calibrations.items():
+            calibration.save(case.folders[name])
+            method, _, seed = name.rpartition("-")  # as train.py calls students of a run; others have names of theirs
+            method = method if method and seed.isdecimal() else name
+            student = case.students[name]
+            for kind, net in (("", student), (", calibrated", Calibrated(student, calibration))):
+                ways.append(doctor.Way(f"{name}{kind}", net, {"method": f"{method}{kind}", "seed": seed}))
+        rows, samples = case.compare(ways)
+        report.grid(picture, samples)
     about = f"{len(calibration.times)} timesteps fitted on {len(case.x0)} images; {case.count} samples each"
     print(f"{report.table(rows)}\n\n{about}\n{FILE} lies beside the weights of each student; pictures: {picture}")
     return 0

@@ -15,6 +15,7 @@ from distil.command import flag
 from distil.importance import groups_of
 from distil.machine import note, rank_and_world
 from distil.networks import kept_blocks, new_network, regrouped, teacher_settings
+from distil.pictures import check_apart
 from distil.presets import SD_STUDENTS, preset
 from distil.process import Process, check_clip, check_guidance, check_sampler, make_process, process_of
 from distil.settings import Settings
@@ -36,9 +37,7 @@ def check_out(settings: Settings) -> None:
     if settings.teacher == "train":
         folders["the folder of the teacher,"] = teacher_settings(settings).out
     for what, folder in folders.items():
-        if settings.data is not None and Path(folder).resolve().is_relative_to(Path(settings.data).resolve()):
-            pictures = "its pictures would be taken for images of yours"
-            raise ValueError(f"{what} {folder} lies in --data {settings.data}, {pictures}: keep them apart")
+        check_apart(what, folder, settings.data)
     config = out / "config.json"
     if config.is_file() and "kd" in disk.read_json(config, "bring it back, or give another --out"):
         return

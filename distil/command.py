@@ -102,6 +102,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; a program whose own command line this is ends with one line on Ctrl-C and SIGTERM."""
         if argv is None:
             leave_on_signals(self.prog)
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names may be no UTF-8
         return super().parse_args(argv, namespace)
 
     def error(self, message: str) -> None:

@@ -9,6 +9,7 @@ samples; and one line of advice. Writes nothing but `runs/cache`.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -110,7 +111,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     for name, net in {"the teacher": teacher, **students}.items():
         networks.check_conditions(name, net.conditions, images or settings.data, real, net.num_classes)
         checks.check_classes(name, net, teacher)
-    for net in (first, teacher):
+    for net in (*students.values(), teacher):
         net.fit(real.shape, real.no_condition)
     check_guidance("the teacher", teacher, told.guidance)
     own = process_of(teacher.to(device).eval(), told.process, told.spacing, told.clip_x0, sampler=told.sampler)
@@ -123,7 +124,8 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     cond = {key: known[key].to(device) for key in teacher.conditions}
     folders = {folder.name: folder for folder in folders.values()}
     classifier = metrics.digit_classifier(real.shape[2]) if dataset == "digits" else None
-    again = "".join(f" {name} {value}" for name, value in (("--teacher", flags.teacher), ("--images", images)) if value)
+    others = (("--teacher", flags.teacher), ("--images", images))
+    again = "".join(f" {name} {shlex.quote(value)}" for name, value in others if value)
     return Case(students, folders, teacher, own, process, clamped, x0.to(device), held_out is not None, cond, real,
                 classifier, job.count, sampler, again)  # fmt: skip
 
@@ -195,16 +197,17 @@ def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
     return [Way(f"{name}, {remedy}", one, {"method": remedy}, how) for remedy, one, how in ways]
 
 
-def advice(student: str, distances: dict[str, float], lonely: int) -> str:
+def advice(student: str, distances: dict[str, float], lonely: int, headed: bool = True) -> str:
     """One line: the remedy after which samples are nearest to the teacher's, if it is worth the trouble. student: how a
-    command names it."""
+    command names it. headed: whether it may have a head."""
     best, before = min(distances, key=distances.get), distances["as it is"]
     if before <= 1.25 * distances[best]:
         return "advice: nothing; no remedy here brings it much nearer to its teacher"
     gain = f"its samples' distance to the teacher's falls from {before:.3g} to {distances[best]:.3g}"
     cause = ""
     if lonely:
-        cause = "; the cause are norms: train on with train.py --student ... --norm-groups scale, or --head statistics"
+        cause = "; the cause are norms: train on with train.py --student ... --norm-groups scale"
+        cause += ", or --head statistics" if headed else ""
     return f"advice: {REMEDIES[best].format(student=student)}: {gain}{cause}"
 
 
@@ -250,7 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
         print(f"\n{report.table([teacher, *its])}\n")
-        print(advice(f"{case.folders[name]}{case.again}", {row["method"]: row["teacher_mse"] for row in its}, lonely))
+        distances, where = {row["method"]: row["teacher_mse"] for row in its}, shlex.quote(str(case.folders[name]))
+        print(advice(f"{where}{case.again}", distances, lonely, "head" in net.config))
     return 0
 
 

@@ -42,12 +42,8 @@ def read_checkpoint(settings: Settings, folder: Path, about: dict[str, Any]) -> 
     refuse_other_settings(settings, found["settings"], path)
     if not 0 <= found["step"] <= settings.steps:
         raise ValueError(f"{path} says step {found['step']} of {settings.steps}: move it away, or give another --out")
-    former = found.get("data", about)  # those of earlier versions do not say it
-    if former != about:
-        counts = f"{former.get('images')} images then, {about['images']} now"
-        what = counts if former.get("images") != about["images"] else f"{counts}, but not the same"
-        remedy = "bring them back as they were, or give another --out"
-        raise ValueError(f"the data has changed since {path} was written ({what}): {remedy}")
+    remedy = "bring them back as they were, or give another --out"
+    refuse_other_data(found.get("data", about), about, path, remedy)  # those of earlier versions do not say it
     if damage:
         say(f"{damage[0]}; the run goes on from the checkpoint before it, {path}")
     return found
@@ -94,3 +90,11 @@ def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path
         remedy = "give the former ones, or another --out"
         remedy += ", and --student to go on from there" if differ == ["steps"] else ""
         raise ValueError(f"{path} is of a run with other settings ({changes}): {remedy}")
+
+
+def refuse_other_data(former: dict[str, Any], about: dict[str, Any], path: Path, remedy: str) -> None:
+    """ValueError where the data is not what it was when `path` was written; both as `Images.about`."""
+    if former != about:
+        counts = f"{former.get('images')} images then, {about['images']} now"
+        what = counts if former.get("images") != about["images"] else f"{counts}, but not the same"
+        raise ValueError(f"the data has changed since {path} was written ({what}): {remedy}")

@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +53,9 @@ def captioned(source: Path) -> Captioned:
         raise ValueError(f"{source} has no captions: it needs {' or '.join(METADATA)} (file_name, text), or tars")
     if not found.files:
         raise ValueError(f"{source} holds no image with a caption")
+    for file, text in zip(found.files, found.captions, strict=True):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the caption of {file} in {source} holds half a character, {text!r}: mend it")
     return found
 
 
@@ -97,7 +99,7 @@ def _webdataset(tars: Sequence[Path]) -> Captioned:
                 if f".{suffix.lower()}" in pictures.SUFFIXES:
                     places[key] = tar, member.offset_data, member.size
                 elif suffix == "txt":  # it goes before what a NAME.json says
-                    captions[key] = archive.extractfile(member).read().decode("utf-8").strip()
+                    captions[key] = archive.extractfile(member).read().decode("utf-8-sig").strip()
                 elif suffix == "json" and key not in captions:
                     about = json.loads(archive.extractfile(member).read())
                     text = about.get("caption", about.get("text")) if isinstance(about, dict) else None
@@ -132,7 +134,7 @@ def encode(
 
     ValueError: no images, too many unreadable ones, or `out` holds other latents. OSError: no room on the disk.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = machine.launched() or (0, 1)
     found = Captioned(pictures.image_files(images), [], images.joinpath) if text is None else captioned(images)
     labels = pictures.folder_labels(found.files) if text is None else None
     record = _record(vae, text, found, labels, image_size, seed)
@@ -252,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vae = text_to_image.Vae(options.vae, device)
         text = text_to_image.TextEncoder(options.text, device, not options.no_t5) if options.text else None
         record = encode(vae, options.data, options.out, text=text, **sizes)
-    if os.environ.get("RANK", "0") == "0":
+    if (machine.launched() or (0, 1))[0] == 0:
         known = "captions" if options.text else f"{record['classes']} classes"
         print(f"{record['count']:,} images, latents {tuple(record['size'])}, {known}: {options.out}")
     return 0

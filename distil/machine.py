@@ -28,6 +28,12 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def launched() -> tuple[int, int] | None:
+    """The same as torchrun says it in the environment; None unless all its words are there, for clusters set some."""
+    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    return (int(told[0]), int(told[1])) if all(told) else None
+
+
 @contextlib.contextmanager
 def processes(device: str, hours: int = 12) -> Iterator[None]:
     """Inside the block the processes that torchrun started know each other; without torchrun nothing happens.
@@ -38,7 +44,7 @@ def processes(device: str, hours: int = 12) -> Iterator[None]:
     SystemExit, after one sentence: with code 2 where this process has no GPU of its own, with code 1 where another one
     has ended before its time.
     """
-    if "RANK" not in os.environ or dist.is_initialized():
+    if launched() is None or dist.is_initialized():
         yield
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()

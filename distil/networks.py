@@ -109,7 +109,8 @@ def teacher_settings(settings: Settings) -> Settings:
     usual = preset(settings.dataset, 0.0, settings.arch)
     given = {name: getattr(settings, name) for name in ("ema_warmup", "timesteps", "flip")}
     own |= {name: value for name, value in given.items() if value != usual[name]}  # only others are named
-    key = digest(json.dumps([own, network_config(settings)]).encode())[:8]
+    named = own | {"compile": False, "accumulate": 1}  # which make no other teacher
+    key = digest(json.dumps([named, network_config(settings)]).encode())[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
     return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
 
@@ -145,7 +146,8 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
     net = prune_channels(teacher, settings.prune, importance_of, settings.norm_groups, seed=seed)
     left = sum(p.numel() for p in net.parameters()) / sum(p.numel() for p in teacher.parameters())
     if run.checkpoint is None and abs(1 - math.sqrt(left) - settings.prune) > 0.1:
-        why = "no norm loses a group: a teacher with fewer of them (--teacher-norm-groups) loses more"
+        more = " (--teacher-norm-groups)" if settings.teacher == "train" else ""
+        why = f"no norm loses a group: a teacher with fewer of them{more} loses more"
         note(f"WARNING: --prune {settings.prune:g} leaves {left:.0%} of the parameters instead of about "
              f"{(1 - settings.prune) ** 2:.0%}, for {why}")  # fmt: skip
     if dist.is_initialized():  # importance may differ by rounding between processes: all take the channels of rank 0

@@ -61,10 +61,22 @@ def are_gray(folder: Path, names: list[str]) -> bool:
     for name in (*few, *names):
         # decoders raise almost anything; what is wrong with a file is said when it is decoded
         with contextlib.suppress(Exception), Image.open(folder / name, formats=FORMATS) as image:
-            if image.mode not in ("1", "L", "LA", "I", "I;16", "F"):
+            if image.mode in ("P", "PA"):  # a palette may hold grays alone
+                pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+                gray = (pixels == pixels[..., :1]).all()
+            else:
+                gray = image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
+            if not gray:
                 return False
             known = True
     return known
+
+
+def check_apart(what: str, folder: Path | str, images: str | None) -> None:
+    """ValueError where a folder to write into, called `what`, lies among images that are read, in a folder or None."""
+    if images is not None and Path(folder).resolve().is_relative_to(Path(images).resolve()):
+        mistaken = "its pictures would be taken for images of yours"
+        raise ValueError(f"{what} {folder} lies in --data {images}, {mistaken}: keep them apart")
 
 
 def folder_labels(files: list[str]) -> list[int] | None:

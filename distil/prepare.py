@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 import models
-from distil import data, pictures, teachers, text_to_image
+from distil import data, disk, pictures, teachers, text_to_image
 from distil.checks import check_images, check_machine, check_out, check_steps, check_students, check_unused
 from distil.command import flag
-from distil.earlier import read_checkpoint, read_metrics
+from distil.earlier import read_checkpoint, read_metrics, refuse_other_data
 from distil.machine import digest, find_device, rank_0_first
 from distil.networks import SMALLER, Run, check_conditions, headed, new_network, teacher_settings
 from distil.presets import ARCHS, SD_STUDENTS, SHAPE, SIZES
@@ -94,12 +94,17 @@ class Opened(NamedTuple):
 
 def open_teacher(settings: Settings, images: data.Images, given: Opened | None = None) -> Network | None:
     """The teacher; None where it has to be trained first."""
-    if given is not None:
-        return fitted("teacher", given, settings, images)
-    with torch.device("meta"):
-        new_network(settings, images)  # refuses data that no teacher can be made for
-    folder = Path(teacher_settings(settings).out) / "teacher"
-    return teachers.load(folder) if (folder / "config.json").exists() else None
+    if given is None:
+        with torch.device("meta"):
+            new_network(settings, images)  # refuses data that no teacher can be made for
+        folder = Path(teacher_settings(settings).out)
+        if not (folder / "teacher" / "config.json").exists():
+            return None
+        if (seen := folder / SEEN).exists():  # earlier versions did not write it
+            remedy = f"bring them back as they were, or remove {folder}, and a teacher of these is trained"
+            refuse_other_data(disk.read_json(seen, remedy), images.about, folder / "teacher", remedy)
+        given = Opened(lambda images: teachers.load(folder / "teacher"))
+    return fitted("teacher", given, settings, images)
 
 
 def open_network(name: str, settings: Settings) -> Opened | None:
@@ -135,6 +140,7 @@ def open_network(name: str, settings: Settings) -> Opened | None:
 
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of checkpoints
+SEEN = "data.json"  # beside a teacher that was trained here: `Images.about` of its data
 
 
 def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Images) -> Network | None:
@@ -244,4 +250,5 @@ def pretended(settings: Settings, channels: int | None = None) -> data.Images | 
     channels = own or channels or (1 if pictures.are_gray(Path(settings.data), names) else 3)
     n, known = len(names) or 10, digest("\n".join(names).encode("utf-8", "surrogateescape")) if names else ""
     pixels = np.broadcast_to(np.uint8(0), (n, channels, settings.image_size, settings.image_size))
-    return data.Images(pixels, np.arange(n) % 10, settings.dataset, fingerprint=known)
+    labels = pictures.folder_labels(names) if names else range(n)
+    return data.Images(pixels, None if labels is None else np.array(labels), settings.dataset, fingerprint=known)

@@ -208,7 +208,8 @@ def grid(
         draw.text((left - 18, middle - under), name, fill="black", font=font, anchor="rm")
         draw.text((left - 18, middle + 10), note, fill="#505050", font=small, anchor="rm", align="right")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with disk.whole(Path(path)) as part:
+        picture.save(part, "PNG")
 
 
 PANELS = {  # what a log line calls it: (title, name of the y axis, logarithmic?)
@@ -277,7 +278,8 @@ def curves(path: Path | str, log: Path | str) -> None:
     methods = sorted(handles, key=list(COLORS).index)
     last.legend([handles[m] for m in methods], methods, loc="center", title="a line is one student", frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with disk.whole(Path(path)) as part:
+        figure.savefig(part, dpi=100, format="png")
 
 
 def card(folder: Path | str, metrics: dict[str, Any]) -> None:
@@ -321,7 +323,8 @@ Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729
 {json.dumps(settings, indent=2)}
 ```
 """
-    (folder / "README.md").write_text(text, "utf-8")
+    with disk.whole(folder / "README.md") as part:
+        part.write_text(text, "utf-8", "backslashreplace")  # file names may be no UTF-8
 
 
 def provenance(settings: dict[str, Any]) -> tuple[str, str | None]:

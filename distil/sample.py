@@ -8,6 +8,7 @@
 Image i of a seed starts from the same noise in every network, so images of two networks can be compared one by one.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil import calibrate, data, disk, machine, shards, teachers
+from distil import calibrate, data, disk, machine, pictures, shards, teachers
 from distil.command import SEED, Parser, check_fields, flag, option
 from distil.presets import PROCESSES, SAMPLERS, SPACINGS
 from distil.process import Guided, Process, check_clip, check_guidance, check_name, check_sampler, process_of
@@ -158,7 +159,8 @@ def open_samples(folder: Path, net: Network, n: int, shape: Sequence[int], **rec
               **disk.read_json(folder / "samples.json", again)}  # fmt: skip
     changes = [f"{key} was {former.get(key)}, is {new}" for key, new in record.items() if former.get(key) != new]
     if changes:
-        raise ValueError(f"{folder} holds other samples ({', '.join(changes)}): give these settings or another --out")
+        remedy = "give --precision, --sample-steps, --num and what else is named here as it was, or another --out"
+        raise ValueError(f"{folder} holds other samples ({', '.join(changes)}): {remedy}")
     for name, extent in extents.items():  # for writing, numpy would fill a file up that was cut off
         shards.open_array(folder / name, extent, check=False)
     return [np.load(folder / name, mmap_mode="r+") for name in extents]
@@ -227,9 +229,10 @@ class Job(NamedTuple):
 def run_of(folder: Path) -> Path | None:
     """The run that `folder` is, or in whose student/ it lies; None for another folder."""
     for place in (folder, *folder.resolve().parents[:2]):
-        config = place / "config.json"
-        remedy = "it must be the folder of a run or of a network"
-        if config.is_file() and "kd" in disk.read_json(config, remedy):  # the others are of networks
+        config, found = place / "config.json", {}
+        with contextlib.suppress(ValueError) if place is not folder else contextlib.nullcontext():
+            found = disk.read_json(config, "it must be the folder of a run or of a network") if config.is_file() else {}
+        if "kd" in found:  # the others are of networks, or above them of something else
             return place
     return None
 
@@ -239,6 +242,10 @@ def sampler_of(folders: Sequence[Path], flags: Flags) -> Flags:
     SAMPLER. ValueError if the runs did it differently, for then images of their networks could not be compared."""
     runs = {run for run in map(run_of, folders) if run is not None}
     configs, found = [json.loads((run / "config.json").read_text("utf-8")) for run in runs], {}
+    for config in configs:
+        pictures.check_apart("--out", flags.out, config.get("data"))
+    for run in [run for run in runs if not (run / "metrics.json").exists() and machine.rank_and_world()[0] == 0]:
+        machine.note(f"{run} is not finished: its students are previews, of an earlier step")
     for name in [name for name in SAMPLER if getattr(flags, name) is None]:
         values = {SAMPLER[name] if config.get(name) is None else config[name] for config in configs} or {SAMPLER[name]}
         if len(values) > 1 and name not in ASKED_FOR:
@@ -290,7 +297,11 @@ def open_text(flags: Flags, device: torch.device) -> tuple[list[str], TextEncode
         raise ValueError("these networks read text: give --prompts FILE, with a prompt a line")
     if flags.teacher is None:
         raise ValueError("these networks need --teacher, the pipeline whose text encoders and VAE they take")
-    prompts = [line for line in Path(flags.prompts).read_text("utf-8").splitlines() if line.strip()]
+    try:
+        lines = Path(flags.prompts).read_text("utf-8-sig").splitlines()  # Windows begins a text with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {flags.prompts} is no text in UTF-8: save it so") from error
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{flags.prompts} holds no prompt")
     return prompts, TextEncoder(flags.teacher, device, t5=not flags.no_t5)
@@ -369,19 +380,13 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     return Job(nets, arguments, record, count, shape, prompts)
 
 
-def main(argv: list[str] | None = None) -> int:
+def draw(job: Job, out: Path) -> None:
+    """Writes all images of a job into `out`, and a picture of some."""
     from PIL import Image
 
     from distil import report
 
-    parser = Parser("distil.sample", __doc__)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or of a saved network")
-    parser.add_options(Flags)
-    flags, given = parser.read(argv, Flags, "runs")
-    with machine.refusing("distil.sample"):
-        job, out, shown = prepare(given["runs"], flags), Path(flags.out), {}
-        for name in job.nets:
-            (out / name).mkdir(parents=True, exist_ok=True)
+    shown: dict[str, list[Tensor]] = {}
     for name, net in job.nets.items():
         shown[name] = []
         for rows, x in sample_batches(rows=range(job.count), **job.arguments[name]):
@@ -396,6 +401,19 @@ def main(argv: list[str] | None = None) -> int:
              if file.stem.isdecimal() and int(file.stem) >= job.count]  # fmt: skip
     if older:
         print(f"older images are there too, {len(older)} with numbers from {job.count:05d} on: remove or ignore them")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("distil.sample", __doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, or of a saved network")
+    parser.add_options(Flags)
+    flags, given = parser.read(argv, Flags, "runs")
+    with machine.refusing("distil.sample"):
+        job, out = prepare(given["runs"], flags), Path(flags.out)
+        for name in job.nets:
+            (out / name).mkdir(parents=True, exist_ok=True)
+    with machine.refusing("distil.sample", (OSError,)):
+        draw(job, out)
     return 0
 
 

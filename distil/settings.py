@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import posixpath
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -139,6 +141,9 @@ class Settings:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        for name in ("data", "teacher", "student", "vae"):  # photos/ and ./photos are photos
+            if os.path.exists(given := getattr(self, name) or ""):
+                self._set(name, posixpath.normpath(given))
         if self.data is not None and self.dataset == "digits":
             self._set("dataset", "folder")
         known = [row["arch"] for row in PRESETS if row["dataset"] == self.dataset]
@@ -338,6 +343,8 @@ def plain(settings: Settings) -> dict[str, Any]:
 def restored(config: dict[str, Any]) -> Settings:
     """The settings of which `plain` gave this, perhaps in an older version; ValueError for what cannot be used."""
     config = {**once(config), **config}
+    if config.get("importance") != "taylor":  # which was 0 for all when nothing read it
+        config["taylor_threshold"] = None
     known = {name: value for name, value in config.items() if name in Settings.__dataclass_fields__}
     return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 

@@ -159,14 +159,19 @@ class Student:
     parallel what a step calls: `model`, or that within DistributedDataParallel
     ema      the average of the weights of `net`, which is evaluated and saved
     kd       what it learns from: a `train.Method`; method: its name
+    taught_by the fingerprint of its teacher's weights, None without one
     logit    of a learned w of LIFT and PLACE, (1,), else None
     seconds  how long its share of all steps took
     bad      (), on the device: how many steps in a row were not finite and left out
     stopped  the step before which it ceased to learn, None for one that learns
     """
 
-    def __init__(self, settings: Settings, kd: Any, seed: int, net: Network, teacher: nn.Module | None = None):
+    def __init__(
+        self, settings: Settings, kd: Any, seed: int, net: Network, teacher: nn.Module | None = None,
+        taught_by: str | None = None,
+    ):  # fmt: skip
         """`teacher`: a Tapped one, if this method compares features. The average starts from the weights of `net`."""
+        self.taught_by = taught_by
         self.kd, self.method, self.seed, self.name, self.seconds = kd, kd.name, seed, f"{kd.name}-{seed}", 0.0
         self.device = next(net.parameters()).device
         self.net = self.model = net.train()
@@ -260,8 +265,9 @@ class Student:
 
     def history(self) -> dict[str, Any]:
         """What a state holds beside tensors."""
-        blocks = {"blocks": self.net.kept} if self.net.kept else {}
-        return {"seconds": self.seconds, "bad": self.bad.item(), "stopped": self.stopped, **blocks}
+        own = {"blocks": self.net.kept} if self.net.kept else {}
+        own |= {"teacher": self.taught_by} if self.taught_by else {}
+        return {"seconds": self.seconds, "bad": self.bad.item(), "stopped": self.stopped, **own}
 
     @property
     def seconds(self) -> float:
@@ -277,6 +283,8 @@ class Student:
         self.marks, self._seconds = [], value
 
     def remember(self, state: dict[str, Any]) -> None:
+        if state.get("teacher", self.taught_by) != self.taught_by:
+            raise ValueError("it has learned from a teacher with other weights: bring that back")
         self.seconds, self.stopped = state["seconds"], state.get("stopped")
         self.bad = torch.tensor(state.get("bad", 0.0), device=self.device)
 

@@ -97,6 +97,9 @@ class Diffusers(Network):
         if max(shape[1:]) > largest:
             raise ValueError(f"it knows positions for a height and width of {largest} at most, not {shape[1:]}")
         self.shape, self.null, self.condition_dropout = tuple(shape), null, dropout
+        if shape[1] == shape[2]:  # its students are saved with it, and pipelines ask them; it is one number
+            self.config["sample_size"] = shape[1]
+            self.net.register_to_config(sample_size=shape[1])
 
     def no_condition(self) -> dict[str, Tensor] | None:
         return self.null

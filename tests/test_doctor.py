@@ -86,6 +86,7 @@ def test_norms_of_one_channel_a_group_are_named_as_the_cause():
     said = doctor.advice("it", {"as it is": 4.0, "clamped": 0.5, "calibrated": 0.1}, lonely=3)
     assert said.startswith("advice: python -m distil.calibrate it: ") and "falls from 4 to 0.1" in said
     assert "--norm-groups scale, or --head statistics" in said
+    assert "--head" not in doctor.advice("it", {"as it is": 4.0, "clamped": 0.5}, lonely=3, headed=False)
     assert doctor.advice("it", {"as it is": 4.0, "clamped": 0.5}, 0).startswith("advice: sample it with --clip-x0")
 
 

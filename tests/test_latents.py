@@ -124,7 +124,8 @@ def test_encoding_goes_on_where_it_was_and_may_be_shared(workspace, monkeypatch)
     assert command() == 0
     assert contents("latents") == files
     assert (Path("latents") / "latents-00000.npy").stat().st_mtime_ns == before
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     for rank, count in (("0", 4), ("1", 5)):
         monkeypatch.setenv("RANK", rank)
         encode(Vae("vae"), Path("images"), Path("shared"), image_size=16, batch=3)
@@ -269,6 +270,13 @@ def test_captions_of_every_layout_are_the_same(captioned, layouts):
     rows.write_text(rows.read_text() + "\n\n")
     assert read_captions(layouts / "jsonl").captions == CAPTIONS
     (layouts / "jsonl" / "metadata.csv").unlink()
+
+
+def test_a_caption_with_half_a_character_is_named(layouts):
+    with (layouts / "jsonl" / "metadata.jsonl").open("a") as table:
+        table.write("\n" + json.dumps({"file_name": "3.png", "text": "caf\ud83d"}))
+    with pytest.raises(ValueError, match=r"the caption of 3\.png in .* holds half a character, 'caf.ud83d': mend it"):
+        read_captions(layouts / "jsonl")
 
 
 def test_a_tar_that_cannot_be_read_is_named(layouts):

@@ -20,10 +20,13 @@ from distil.machine import find_device, hash_seed, refusing
 
 
 def test_one_process_needs_no_others(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
     x = torch.arange(3.0)
-    with machine.processes("auto"), machine.rank_0_first():
-        assert machine.rank_and_world() == (0, 1) and machine.mean_over_ranks(x) is x
+    monkeypatch.delenv("RANK", raising=False)
+    for name in ("WORLD_SIZE", "RANK"):  # some clusters set these, and torchrun all of its words
+        with machine.processes("auto"), machine.rank_0_first():
+            assert machine.rank_and_world() == (0, 1) and machine.mean_over_ranks(x) is x
+        monkeypatch.setenv(name, "2")
+    assert machine.launched() is None
 
 
 def test_a_process_whose_partner_was_killed_says_so_in_one_sentence(tmp_path):
@@ -99,7 +102,8 @@ def test_a_device_is_found_or_refused(monkeypatch):
 
 
 def test_more_processes_than_gpus_are_one_sentence(monkeypatch, capsys):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", **where}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -218,12 +218,14 @@ def test_channels_are_drawn_or_measured():
 
 
 @pytest.mark.parametrize(
-    ("given", "images", "timesteps"),
-    [({"dataset": "celeba"}, 64, range(1000)), ({"dataset": "lsun_bedroom"}, 4, range(1000)),
-     ({"importance": "taylor", "batch_size": 6, "steps": 3}, 6, range(1000)),
-     ({"importance": "taylor", "taylor_batch": 2, "taylor_steps": 4}, 2, range(0, 1000, 250))],
+    ("given", "images", "threshold", "timesteps"),
+    [({"dataset": "celeba"}, 64, 0.0, range(1000)), ({"dataset": "lsun_bedroom"}, 4, 0.01, range(1000)),
+     ({"importance": "taylor", "batch_size": 6, "steps": 3}, 6, 0.0, range(1000)),
+     ({"importance": "taylor", "taylor_batch": 2, "taylor_steps": 4}, 2, 0.0, range(0, 1000, 250))],
 )  # fmt: skip
-def test_importance_is_that_of_the_published_batch_and_of_all_timesteps(given, images, timesteps, monkeypatch):
+def test_importance_is_that_of_the_published_batch_and_of_all_timesteps(
+    given, images, threshold, timesteps, monkeypatch
+):
     seen, teacher = [], a_unet()
     teacher.requires_grad_(True)
     monkeypatch.setattr(
@@ -233,7 +235,7 @@ def test_importance_is_that_of_the_published_batch_and_of_all_timesteps(given, i
     )
     monkeypatch.setattr(networks, "prune_channels", lambda net, *_, **__: net)
     smaller(a_run(Settings(**given), data.load("digits")), teacher, DDPM(), None)
-    assert seen == [(images, images, 0.0, list(timesteps))]
+    assert seen == [(images, images, threshold, list(timesteps))]
 
 
 @pytest.mark.parametrize("net", [a_unet(), a_dit()], ids=["unet", "dit"])

@@ -35,6 +35,14 @@ def test_gray_images_are_gray_for_a_teacher_of_our_own_and_otherwise_what_the_te
     assert found == [1, 1, 3, 1, 3]
     shapes = [prepare.pretended(Settings(data="gray", image_size=8), channels).shape for channels in (None, 3)]
     assert shapes == [(1, 8, 8), (3, 8, 8)]  # a dry run says the same
+    assert prepare.pretended(Settings(data="gray", image_size=8)).labels is None
+    for i, kind in enumerate("aab"):
+        Path("two", kind).mkdir(parents=True, exist_ok=True)
+        Image.new("P", (8, 8), i).save(f"two/{kind}/{i}.png")  # a palette of grays
+    known = prepare.pretended(Settings(data="two", image_size=8))
+    assert known.labels.tolist() == [0, 0, 1] and known.shape == (1, 8, 8)
+    Image.new("I;16B", (8, 8)).save("two/b/3.tif")
+    assert prepare.pretended(Settings(data="two", image_size=8)).shape == (1, 8, 8)
     teacher = ["--data", "gray", "--teacher", "net3", "--device", "cpu"]
     sizes = [prepare.prepare(parse([*teacher, *more])).images.shape for more in ([], ["--out", "again"])]
     assert sizes == [(3, 8, 8)] * 2  # as large as the teacher takes them, where nothing else was asked for

@@ -255,6 +255,13 @@ def test_a_student_has_the_licence_of_its_teacher(dataset, teacher, licence, bas
     assert f"| `{licence}` |" in (Path(__file__).parents[1] / "docs/citations.md").read_text("utf-8")
 
 
+def test_names_that_are_no_utf_8_come_into_cards_escaped(tmp_path):
+    settings = {"dataset": "folder", "image_size": 8, "prune": 0.9, "kd": ["place"], "data": "ph\udce9"}
+    report.card(tmp_path, metrics() | {"settings": settings, "machine": {}, "protocol": "of ph\udce9"})
+    assert "of ph\\udce9" in (tmp_path / "README.md").read_text("utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_how_to_load_students_of_other_kinds(tmp_path):
     assert report.loading(tmp_path, {}) == []
     (tmp_path / "a").mkdir()

@@ -263,6 +263,47 @@ def test_images_of_the_students_of_a_run(capsys):
     assert len(list(Path("runs/samples/place-0").glob("*.png"))) == 16
 
 
+def test_images_are_not_written_among_those_that_were_trained_on(capsys):
+    Path("photos").mkdir()
+    a_run("runs/mine", data="photos")
+    said = refused(sample.main, ["runs/mine", "--out", "photos/new"], capsys)
+    assert "--out photos/new lies in --data photos" in said and not [*Path("photos").iterdir()]
+
+
+def test_previews_of_a_run_that_is_not_finished_are_called_so(capsys):
+    for finished in (False, True):
+        a_run("runs/mine")
+        if finished:
+            Path("runs/mine/metrics.json").write_text("{}")
+        assert sample.main(["runs/mine", "--num", "1", "--sample-steps", "2"]) == 0
+        assert ("runs/mine is not finished: its students are previews" in capsys.readouterr().err) != finished
+
+
+def test_what_lies_above_a_network_is_no_matter():
+    a_unet().save("project/nets/net")
+    Path("project/config.json").write_text("// of something else\n{}")
+    assert sample.run_of(Path("project/nets/net")) is None
+    Path("project/nets/net/config.json").write_text("{")
+    with pytest.raises(ValueError, match="it must be the folder of a run or of a network"):
+        sample.run_of(Path("project/nets/net"))
+
+
+def test_a_disk_that_fails_on_the_way_is_one_sentence(monkeypatch, capsys):
+    a_unet().save("net")
+    monkeypatch.setattr(Image.Image, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "distil.sample: error: [Errno 28] No space left" in refused(sample.main, ["net", "--num", "1"], capsys)
+
+
+def test_prompts_are_text_with_or_without_the_mark_of_windows(monkeypatch):
+    monkeypatch.setattr(sample, "TextEncoder", lambda *_, **__: None)
+    flags = sample.Flags(prompts="prompts.txt", teacher="net")
+    Path("prompts.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\na caf\xc3\xa9\r\n")
+    assert sample.open_text(flags, torch.device("cpu"))[0] == ["a cat", "a café"]
+    Path("prompts.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"--prompts prompts.txt is no text in UTF-8: save it so"):
+        sample.open_text(flags, torch.device("cpu"))
+
+
 def test_a_student_of_few_steps_is_sampled_in_them():
     net = a_unet()
     net.process = {"fold": [10, 200, 900]}

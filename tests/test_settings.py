@@ -84,6 +84,11 @@ def test_a_command_line_resolves_to_the_published_settings(arguments, expected):
     assert None not in {shown[name] for name in set(PRESETS[0]) & shown.keys() - unknown}
 
 
+def test_a_threshold_that_nothing_read_belongs_to_no_run():
+    former = plain(Settings(dataset="cifar10", importance="magnitude")) | {"taylor_threshold": 0.0}
+    assert settings.restored(former).taylor_threshold == 0.05
+
+
 def test_a_run_is_named_by_what_differs_from_the_preset():
     given = {
         "": "", "--seeds 1 2": "-seeds1.2", "--lr 0.01 --norm-groups scale": "-norm_groups=scale-lr0.01",

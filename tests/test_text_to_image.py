@@ -318,6 +318,17 @@ def test_networks_come_back_bit_for_bit_from_folders_and_pipelines(make, tmp_pat
     assert same(load(tmp_path), net) and len(list((tmp_path / net.folder).iterdir())) == 2
 
 
+@pytest.mark.parametrize("make", [a_unet, an_mmdit])
+def test_a_student_says_at_which_size_it_has_learned(make, tmp_path):
+    teacher = make()
+    null = {name: torch.zeros(2, width) for name, width in teacher.widths.items()}
+    teacher.fit((4, 16, 16), null)  # made for 8
+    student = teacher.like(dict(teacher.net.config), teacher.net.state_dict())
+    student.save(tmp_path)
+    assert load(tmp_path).shape == (4, 16, 16)
+    assert type(student.net).from_pretrained(tmp_path).config.sample_size == 16
+
+
 def test_weights_in_several_files_are_read(tmp_path):
     net = an_mmdit()
     net.net.save_pretrained(tmp_path, max_shard_size="50KB")

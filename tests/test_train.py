@@ -225,6 +225,42 @@ def test_a_folder_of_images_is_scored_on_pixels(tmp_path, capsys):
     assert "Frechet digits" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_quick")
+def test_a_teacher_that_was_trained_here_is_not_taken_for_other_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for i in range(9):
+        Image.new("L", (8, 8), 20 * i).save(f"photos/{i}.png")
+    common = ["--image-size", "8", "--teacher-steps", "1", "--steps", "1", "--kd", "none"]
+    run("--data", "photos", *common, "--out", "runs/one")
+    assert train.main(parse([*TINY, "--data", "./photos/", *common, "--out", "runs/one"])) == 0  # is the same folder
+    run("--data", "photos/", *common, "--accumulate", "2", "--out", "runs/two")
+    (folder,) = Path("runs/teachers").glob("folder8-*")  # one teacher for all
+    Image.new("L", (8, 8), 255).save("photos/0.png")
+    with pytest.raises(SystemExit):
+        run("--data", "photos", *common, "--out", "runs/three")
+    said = capsys.readouterr().err
+    assert f"{folder}/teacher was written (9 images then, 9 now, but not the same)" in said
+    assert f"or remove {folder}, and a teacher of these is trained" in said and not Path("runs/three").exists()
+    shutil.rmtree(folder)
+    run("--data", "photos", *common, "--out", "runs/three")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_run_does_not_go_on_under_another_teacher(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_unet().save("net")
+    command = [*TINY[len(TEACHER) :], *SAVED, "--teacher", "net", "--kd", "none", "out", "--out", "runs/a"]
+    with interrupted(at=3):
+        train.main(parse(command))
+    a_unet(1).save("net")
+    with pytest.raises(SystemExit):
+        train.main(parse(command))
+    assert "it has learned from a teacher with other weights: bring that back" in capsys.readouterr().err
+    a_unet().save("net")
+    assert train.main(parse(command)) == 0
+
+
 def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pixels = torch.randint(0, 256, (8, 218, 178, 3), dtype=torch.uint8, generator=torch.Generator())
