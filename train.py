@@ -426,16 +426,11 @@ DIVERGED = 3  # exit code
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 
-def of_time(settings: Settings) -> dict[str, Any]:
-    """What the settings say of a process beside its kind."""
-    return {name: getattr(settings, name) for name in ("spacing", "clip_x0", "timesteps", "sampler")}
-
-
 def train_teacher(run: Run) -> Network:
     """The teacher of this data set, kept for later runs; of several runs that want it one trains it, the others wait.
     SystemExit: stopped early, with 3 because it diverged."""
     settings = teacher_settings(run.settings)
-    folder, process = Path(settings.out), make_process(settings.process, **of_time(settings))
+    folder, process = Path(settings.out), make_process(settings.process, **settings.of_time)
     with disk.lock(folder):
         with machine.refusing("train.py"):
             teacher = open_teacher(run.settings, run.images)  # another run may have trained it meanwhile
@@ -490,7 +485,7 @@ def distil(run: Run) -> dict[str, Any] | None:
         say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
     teacher = run.teacher or train_teacher(run)
     teacher.process = {"name": settings.process, **teacher.process}  # its students are saved with it
-    process = process_of(teacher, **of_time(settings))
+    process = process_of(teacher, **settings.of_time)
     teacher = machine.on_device(teacher, run.device).eval().requires_grad_(True)  # Taylor pruning needs its gradients
     own, time = process, teacher.process
     if settings.fold_steps is not None:

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                             # at most 25 minutes (`--minutes`); benchmarks/DEVICE.json
     python benchmarks/gpu.py --minutes 9                 # ends after 9; the same command goes on where it stopped
     python benchmarks/gpu.py --official ../LIFT_PLACE    # beside the authors' code, imported from a clone of it
-    python benchmarks/gpu.py --small --device cpu        # tiny networks, few steps: does it run?
+    python benchmarks/gpu.py --quick --device cpu        # tiny networks, few steps: does it run?
     python benchmarks/bench.py --show benchmarks/DEVICE.json
 
 The JSON is written after every part. A part that it holds is left out, one that failed is recorded with its error and
@@ -15,7 +15,6 @@ Exit code 0: all is there; 1: a part failed; 143: the time was over, the same co
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import gc
@@ -39,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from benchmarks import answers, bench, calibrate
 from benchmarks.answers import Row
-from benchmarks.bench import Cases, Setup
+from benchmarks.bench import Cases, Setup, opened
 from distil import disk, machine, metrics, networks, students
 from distil.batches import draw
-from distil.command import Parser, check
+from distil.command import check
 from distil.process import make_process
 from distil.settings import Settings
 from distil.students import ShardedStudent, Student
@@ -124,7 +123,7 @@ def text_step(b: Setup, kind: str, recompute: bool) -> Callable[[], None]:
     with b.device:
         teacher = network.of(config).eval().requires_grad_(False)
     teacher.fit(shape, cond, settings.caption_dropout)
-    run = networks.Run(settings, b.device, *[None] * 5, checkpoint={}, metrics=None)
+    run = networks.Run(settings, b.device, None, checkpoint={})
     net = networks.start_of(run, networks.SMALLER[teacher.pruning](run, teacher, None, None, 0), 0, {})
     kd, process = train.resolve(settings, "place"), make_process(settings.process)
     tapped = students.tap(teacher, net, kd.taps)
@@ -299,26 +298,21 @@ def started(path: Path, about: Row) -> Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("gpu.py", __doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts [all]")
+    parser = answers.parser_of("gpu.py", __doc__, PARTS, "benchmarks/DEVICE.json")
     parser.add_argument("--minutes", type=float, default=25, help="it ends after so many; give it again [25]")
-    parser.add_argument("--official", metavar="DIR", help="a clone of the authors' repository [none]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
-    parser.add_argument("--small", action="store_true", help="tiny networks, few steps")
-    parser.add_argument("--out", help="the JSON [benchmarks/DEVICE.json, with --small runs/small.json]")
+    parser.set_defaults(out=None)  # DEVICE is known later
     options = parser.parse_args(arguments)
     with machine.refusing("gpu.py"):
         check("--minutes", options.minutes, {"above": 0, "high": 10**4})
         device = machine.find_device(options.device)
-        if device.type != "cuda" and not options.small:
-            raise ValueError("there is no GPU here: with --small it tries everything on tiny networks")
-        name = "small" if options.small else re.sub(r"\W+", "-", torch.cuda.get_device_name(device).lower())
-        path = Path(options.out or ("runs" if options.small else "benchmarks"), "" if options.out else f"{name}.json")
+        if device.type != "cuda" and not options.quick:
+            raise ValueError("there is no GPU here: with --quick it tries everything on tiny networks")
+        name = "small" if options.quick else re.sub(r"\W+", "-", torch.cuda.get_device_name(device).lower())
+        path = Path(options.out or ("runs" if options.quick else "benchmarks"), "" if options.out else f"{name}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"machine": machine.describe(), "options": {"small": options.small}, "official": bool(options.official)}
+        about = {"machine": machine.describe(), "options": {"small": options.quick}, "official": bool(options.official)}
         result = started(path, about)
-        given = {"device": options.device, "quick": options.small, "compile": False, "repeat": None}
-        b = Setup(argparse.Namespace(**given, official=options.official))
+        b = opened(options)
         b.sections, b.folder, b.results = result["sections"], Path("runs", f"gpu-{path.stem}"), path.with_suffix("")
     with deadline(options.minutes):
         try:

@@ -216,12 +216,11 @@ def equations(x_t: Tensor, e_s: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> int:
     from distil import doctor, report
 
-    parser = doctor.parser("distil.calibrate", __doc__, "folder of a run, or of a saved network")
-    case, flags = doctor.read(parser, argv, num=300)
-    with machine.refusing(parser.prog):
+    case, flags = doctor.opened("distil.calibrate", __doc__, argv, num=300)
+    with machine.refusing("distil.calibrate"):
         calibrations = case.fit()
     ways, picture = [], Path(flags.out) / "calibration.png"
-    with machine.refusing(parser.prog, (OSError,)):
+    with machine.refusing("distil.calibrate", (OSError,)):
         for name, calibration in calibrations.items():
             calibration.save(case.folders[name])
             method, _, seed = name.rpartition("-")  # as train.py calls students of a run; others have names of theirs

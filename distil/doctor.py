@@ -211,20 +211,16 @@ def advice(student: str, distances: dict[str, float], lonely: int, headed: bool 
     return f"advice: {REMEDIES[best].format(student=student)}: {gain}{cause}"
 
 
-def parser(program: str, description: str, about: str) -> Parser:
-    """That of a command that takes students and what they are held against."""
-    made = Parser(program, description)
-    made.add_argument("run", metavar="RUN", type=Path, help=about)
-    made.add_argument("--images", help="to fit on and to compare with: a folder, or digits [the run's]")
-    made.add_options(sample.Flags)
-    return made
-
-
-def read(made: Parser, argv: list[str] | None, num: int) -> tuple[Case, sample.Flags]:
-    """The case that a command line describes, num samples unless it says otherwise; exit code 2 if there is none."""
-    flags, given = made.read(argv, sample.Flags, "run", "images")
+def opened(program: str, about: str, argv: list[str] | None, num: int) -> tuple[Case, sample.Flags]:
+    """The case that the command line of a `program` that is `about` students describes, num samples unless it says
+    otherwise; exit code 2 if there is none."""
+    parser = Parser(program, about)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, or of a saved network")
+    parser.add_argument("--images", help="to fit on and to compare with: a folder, or digits [the run's]")
+    parser.add_options(sample.Flags)
+    flags, given = parser.read(argv, sample.Flags, "run", "images")
     flags = replace(flags, num=flags.num or (None if flags.prompts else num))
-    with machine.refusing(made.prog):
+    with machine.refusing(program):
         case = open_case(given["run"], flags, given["images"])
         if (few := min(case.count, len(case.real.images))) < 2:
             what = "--num or more --prompts" if few == case.count else "more --images"
@@ -233,9 +229,8 @@ def read(made: Parser, argv: list[str] | None, num: int) -> tuple[Case, sample.F
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = parser("distil.doctor", __doc__, "folder of a run, or of a saved network")
-    case, _ = read(made, argv, num=64)
-    with machine.refusing(made.prog):
+    case, _ = opened("distil.doctor", __doc__, argv, num=64)
+    with machine.refusing("distil.doctor"):
         times, calibrations = case.times, case.fit()
     gain = first_gain(case.sampler["process"], times[0])
     ways = {name: remedies(name, calibration, case) for name, calibration in calibrations.items()}

@@ -152,8 +152,7 @@ def teacher_ways(settings: Settings, teacher: Network, process: Process) -> dict
     """How the teacher is sampled: in its usual number of steps; in as many as the students have (plain DDIM, what one
     would do instead); where these have other timesteps than the teacher, at those of the teacher that theirs stand for.
     """
-    options = {"spacing": settings.spacing, "clip_x0": settings.clip_x0, "sampler": settings.sampler}
-    own, steps = process_of(teacher, settings.process, **options), settings.sample_steps
+    own, steps = process_of(teacher, settings.process, **settings.of_time), settings.sample_steps
     usual = min(settings.usual_steps, own.steps)
     ways = {"teacher": Way(teacher, own, usual)}
     if steps != usual:

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from distil import disk, machine
 
-MODES = ("clean", "legacy_pytorch", "legacy_tensorflow", "torch_fidelity")  # as clean-fid names them, and
-# the port of the first network that ADM and torch-fidelity score with
+MODES = ("clean", "legacy_pytorch", "torch_fidelity")  # as clean-fid names them, and ADM's network
 Extract = Callable[[Tensor], Tensor]  # images (B, C, H, W) uint8 -> features (B, D) float32
 
 
 class Inception:
     """The features of FID: images (B, C, H, W) uint8, gray or colour -> (B, 2048) float32, resized as clean-fid does.
 
-    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: Tables 1 and 2), `legacy_tensorflow`, or
-        `torch_fidelity` (that of ADM: Table 3), which also has the classes of the Inception Score.
+    mode: `clean` (antialiased), `legacy_pytorch` (that of pytorch-fid: Tables 1 and 2), or `torch_fidelity`
+        (that of ADM: Table 3), which also has the classes of the Inception Score.
     network: (B, 3, 299, 299) floats 0 .. 255 on `device` -> features; None: that of `mode`, with published weights.
     classes: (K, 2048), which times features are the logits of its classes; None where the mode has none.
     """
@@ -42,7 +41,7 @@ class Inception:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-        resized = np.stack(list(self.pool.map(self.resizer, colour)))  # (B, 299, 299, 3); not in legacy_tensorflow
+        resized = np.stack(list(self.pool.map(self.resizer, colour)))  # (B, 299, 299, 3)
         return self.network(torch.from_numpy(resized).permute(0, 3, 1, 2).float().to(self.device)).float().cpu()
 
 
@@ -102,5 +101,4 @@ def inception(mode: str, device: torch.device) -> Extract:
     with published(mode, FID_WEIGHTS_URL if legacy else inception_url, name, digest) as path:
         if legacy:  # clean-fid looks into the same folder
             return build_feature_extractor(mode, device, use_dataparallel=False)
-        resizes = mode == "legacy_tensorflow"
-        return InceptionV3W(str(path.parent), download=False, resize_inside=resizes).to(device).eval()
+        return InceptionV3W(str(path.parent), download=False, resize_inside=False).to(device).eval()

@@ -21,7 +21,7 @@ An extractor is a function with a name: uint8 images (B, C, H, W) -> features (B
 import copy
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,19 +44,18 @@ def parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def macs(net: Network, shape: Sequence[int] | None = None) -> int:
-    """Multiply-adds of one forward pass of one sample of `shape` (C, H, W), by default `net.shape`.
+def macs(net: Network) -> int:
+    """Multiply-adds of one forward pass of one sample, of `net.shape`.
 
     Counted by torch-pruning, as in the paper, on tensors without numbers: convolutions, linear layers and norms; the
     products inside attention for transformers only (there the paper's counter knows them).
     """
     from torch_pruning.utils import count_ops_and_params
 
-    shape = tuple(shape or net.shape)
-    kind = (type(net), shape, str(net.config), *(tuple(p.shape) for p in net.parameters()))
+    kind = (type(net), net.shape, str(net.config), *(tuple(p.shape) for p in net.parameters()))
     if kind in COUNTED:
         return COUNTED[kind]
-    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    x, t = torch.empty(1, *net.shape, device="meta"), torch.empty(1, device="meta")
     one = {"y": torch.tensor(0)} if net.num_classes is not None else net.no_condition() or {}  # the cond of one sample
     cond = {key: torch.empty(1, *value.shape, dtype=value.dtype, device="meta") for key, value in one.items()}
     counted = copy.deepcopy(net).to("meta")
@@ -278,16 +277,6 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
         np.random.set_state(state)
 
 
-def inception_score(logits: Tensor, splits: int = 10, shuffle: bool = False) -> float:
-    """Inception Score of logits (N, K), the mean over `splits` parts (Salimans et al. 2016). ADM takes parts of 5,000
-    in their order: the same for 50,000 images. shuffle: as torch-fidelity does first, for neighbours may be alike."""
-    if shuffle:
-        logits = logits[np.random.RandomState(2020).permutation(len(logits))]
-    parts = torch.chunk(logits.double().log_softmax(1), splits)  # log p(y | x), (N / splits, K) each
-    kl = [(p.exp() * (p - p.logsumexp(0) + math.log(len(p)))).sum(1).mean() for p in parts]
-    return torch.stack(kl).exp().mean().item()
-
-
 def feature_scores(
     real: Reference, fake: Tensor, *, k: int = 5, classes: Tensor | None = None, shuffle: bool = False,
     device: torch.device | str = "cpu",
@@ -306,7 +295,9 @@ def feature_scores(
             found = precision_recall(real.features.to(device), fake.to(device), k)
             scores |= dict(zip(("precision", "recall"), found, strict=True))
     if classes is not None:
-        scores["inception_score"] = inception_score(fake @ classes.T, shuffle=shuffle)
+        from torch_fidelity.metric_isc import isc_features_to_metric  # of 10 parts: ADM takes parts of 5,000 of 50,000
+
+        scores["inception_score"] = isc_features_to_metric(fake @ classes.T, shuffle=shuffle)["inception_score_mean"]
     return scores
 
 

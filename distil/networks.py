@@ -32,12 +32,12 @@ class Run:
     settings: Settings
     device: torch.device
     images: data.Images  # to train on
-    held_out: data.Images | None  # never trained on: says how low a distance can get
-    teacher: Network | None  # None: has to be trained first
-    student: Network | None  # None: made from the teacher
-    vae: text_to_image.Vae | None  # of latents, to look at samples
-    checkpoint: dict[str, Any] | None
-    metrics: dict[str, Any] | None  # of the finished run, if it is one
+    held_out: data.Images | None = None  # never trained on: says how low a distance can get
+    teacher: Network | None = None  # None: has to be trained first
+    student: Network | None = None  # None: made from the teacher
+    vae: text_to_image.Vae | None = None  # of latents, to look at samples
+    checkpoint: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None  # of the finished run, if it is one
 
 
 def check_conditions(

@@ -193,7 +193,7 @@ def sketch(settings: Settings, images: data.Images, teacher: Network | None = No
     """The teacher, a new one without weights if none is given, and a student of its kind."""
     with torch.device("meta"):
         teacher = teacher or new_network(settings, images)
-    run = Run(settings, torch.device("cpu"), images, *[None] * 4, checkpoint={}, metrics=None)
+    run = Run(settings, torch.device("cpu"), images, checkpoint={})
     return teacher, headed(settings, SMALLER[teacher.pruning](run, teacher, None, None, 0), 0)
 
 

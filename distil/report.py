@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from distil import data, disk, machine
+from distil.command import flag
 from distil.metrics import SCORES, DigitClassifier
 from distil.presets import folded_to
+from distil.sample import SAMPLER
 from distil.settings import Settings
 from distil.teachers import PUBLIC, export_snippet
 from distil.text_to_image import HUB_ID
@@ -362,28 +364,13 @@ def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
     several = [f"Its networks, each used as the last one below: {', '.join(nets)}"] * (len(nets) > 1)
     if source := config.get("_class_name"):  # of a network of diffusers
         return [*several, export_snippet(source, where, settings["teacher"])]
-    name, spacing = settings.get("process") or "ddpm", settings.get("spacing") or "leading"
-    known = "" if (name, spacing) == ("ddpm", "leading") else f", {name!r}, {spacing!r}"
-    known += ", clip_x0=True" * bool(settings.get("clip_x0")) + ", sampler='pndm'" * (settings.get("sampler") == "pndm")
-    options = f"seed=0, steps={settings.get('sample_steps') or 100}"
-    options += f", eta={settings['eta']:g}" if settings.get("eta") else ""
-    if "num_classes" in config:
-        options += f", guidance={settings['guidance']:g}, cond=sample.classes_in_turn(net, 16)"
-    if config["in_channels"] not in (1, 3):  # latents
-        options += f", vae=Vae({settings.get('vae') or 'the VAE'!r})"
-    vae = "from distil.text_to_image import Vae\n" if "Vae(" in options else ""
-    return [
-        *several,
-        f"""```python
-import models
-from distil import report, sample
-from distil.process import process_of
-{vae}
-net = models.load({where!r})  # from beside the folder of this card, with the clone on PYTHONPATH
-images = sample.sample(net, process_of(net{known}), 16, {options})  # (16, C, H, W), about -1 to 1
-report.grid("more.png", {{"{settings["kd"][-1]}": images}})
-```""",
-    ]
+    told = [f"--num 16 {shlex.quote(where)}"]
+    for name, usual in SAMPLER.items():
+        value = settings.get(name)
+        if name not in ("process", "teacher") and value not in (None, usual):  # networks bring these themselves
+            told.append(flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}")
+    about = "16 images, drawn as the run did, in the folder that this one lies in and with the clone on PYTHONPATH:"
+    return [*several, f"{about}\n\n```bash\npython -m distil.sample {' '.join(told)}\n```"]
 
 
 def commit() -> str | None:

@@ -173,6 +173,11 @@ class Settings:
         return PROCESSES[self.process][0] == "flow"
 
     @property
+    def of_time(self) -> dict[str, Any]:
+        """What these say of a process beside its kind."""
+        return {name: getattr(self, name) for name in ("spacing", "clip_x0", "timesteps", "sampler")}
+
+    @property
     def unused(self) -> set[str]:
         """What says how a teacher is trained here, where one is given or fetched. A checkpoint file holds weights
         alone: of its network they say the shape."""

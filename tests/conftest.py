@@ -63,7 +63,7 @@ def some_latents(n: int = 24) -> data.Images:
 
 def a_run(settings: Settings, images: data.Images) -> Run:
     """A run that has nothing but its images."""
-    return Run(settings, torch.device("cpu"), images, *[None] * 6)
+    return Run(settings, torch.device("cpu"), images)
 
 
 def same(a, b) -> bool:

@@ -12,7 +12,7 @@ from benchmarks import bench, gpu
 from distil import data, machine, networks
 from models import UNet
 
-SMALL = ["--small", "--device", "cpu"]
+SMALL = ["--quick", "--device", "cpu"]
 
 
 def test_an_unattended_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -102,7 +102,7 @@ def test_the_teacher_of_its_runs_is_that_of_the_paper(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "cpu"], "gpu.py: error: there is no GPU here: with --small"),
+        (["--device", "cpu"], "gpu.py: error: there is no GPU here: with --quick"),
         ([*SMALL, "--minutes", "0"], "--minutes 0.0 cannot be used, it must be above 0"),
         ([*SMALL, "--out", "other.json"], "other.json is of another gpu (another, now none): give another --out"),
     ],

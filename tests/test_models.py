@@ -308,7 +308,7 @@ def test_the_celeba_student_with_a_head_is_built_counted_and_stepped():
     net = copy.deepcopy(published("celeba", "0.9"))
     net.set_head("statistics")
     assert parameters(net.head) == 32 * 32 + 32 + 32 * 30 + 30 == 2_046 and parameters(net) == 1_312_076 + 2_046
-    assert macs(net, (3, 64, 64)) > 0
+    assert macs(net) > 0
     net = net.to_empty(device="cpu")
     net.reset_parameters()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import models
-from distil import data, report
+from distil import data, report, sample
 from distil.metrics import SCORES
 from distil.settings import Settings
 
@@ -207,13 +207,12 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
         if commit := report.commit():
             assert f"commit `{commit}`" in body and len(commit.removesuffix("-dirty")) == 40
     assert "![samples.png](samples.png)" in run and "curves.png" not in run and "samples.png" not in student
-    assert "process_of(net, clip_x0=True)" in run  # as the run did
-    assert "models.load('run/student')" in run and "models.load('student')" in student
-    for folder, text in ((".", run), ("run", student)):  # the code of a card runs beside its folder, six lines long
-        monkeypatch.chdir(tmp_path / folder)
-        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        exec(compile(code.replace("steps=100", "steps=2"), "README.md", "exec"), names := {})
-        assert len(code.split("\n")) == 8 and names["images"].shape == (16, 1, 8, 8) and Path("more.png").is_file()
+    for folder, text, where in ((".", run, "run/student"), ("run", student, "student")):
+        monkeypatch.chdir(tmp_path / folder)  # the command of a card runs beside its folder, and samples as the run did
+        (line,) = re.findall(r"```bash\npython -m distil.sample (.*)\n```", text)
+        assert line == f"--num 16 {where} --clip-x0"
+        assert sample.main([*line.split(), "--sample-steps", "2"]) == 0
+        assert len([*Path("runs/samples").glob("*/*.png")]) == 16
 
 
 @pytest.mark.parametrize(
@@ -270,8 +269,7 @@ def test_how_to_load_students_of_other_kinds(tmp_path):
     assert 'DiffusionPipeline.from_pretrained("a/pipeline", transformer=student)' in text
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.json").write_text('{"class": "DiT", "num_classes": 10, "in_channels": 4}')
-    settings = {"guidance": 1.5, "vae": "a/vae", "kd": ["place"], "process": "flow"}
+    settings = {"guidance": 1.5, "vae": "a vae", "sample_steps": 7, "eta": 0.0, "clip_x0": False, "process": "flow"}
     several, text = report.loading(tmp_path, settings)
-    assert f"{tmp_path.name}/a, {tmp_path.name}/b" in several and f"models.load('{tmp_path.name}/b')" in text
-    for part in ("Vae('a/vae')", "import Vae\n", "guidance=1.5", "process_of(net, 'flow', 'leading')"):
-        assert part in text
+    assert f"{tmp_path.name}/a, {tmp_path.name}/b" in several
+    assert f"distil.sample --num 16 {tmp_path.name}/b --sample-steps 7 --guidance 1.5 --vae 'a vae'\n" in text
