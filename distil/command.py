@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import re
 import signal
@@ -102,7 +103,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; a program whose own command line this is ends with one line on Ctrl-C and SIGTERM."""
         if argv is None:
             leave_on_signals(self.prog)
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names may be no UTF-8
+            if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+                sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names may be no UTF-8
         return super().parse_args(argv, namespace)
 
     def error(self, message: str) -> None:

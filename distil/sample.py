@@ -242,10 +242,6 @@ def sampler_of(folders: Sequence[Path], flags: Flags) -> Flags:
     SAMPLER. ValueError if the runs did it differently, for then images of their networks could not be compared."""
     runs = {run for run in map(run_of, folders) if run is not None}
     configs, found = [json.loads((run / "config.json").read_text("utf-8")) for run in runs], {}
-    for config in configs:
-        pictures.check_apart("--out", flags.out, config.get("data"))
-    for run in [run for run in runs if not (run / "metrics.json").exists() and machine.rank_and_world()[0] == 0]:
-        machine.note(f"{run} is not finished: its students are previews, of an earlier step")
     for name in [name for name in SAMPLER if getattr(flags, name) is None]:
         values = {SAMPLER[name] if config.get(name) is None else config[name] for config in configs} or {SAMPLER[name]}
         if len(values) > 1 and name not in ASKED_FOR:
@@ -307,6 +303,14 @@ def open_text(flags: Flags, device: torch.device) -> tuple[list[str], TextEncode
     return prompts, TextEncoder(flags.teacher, device, t5=not flags.no_t5)
 
 
+def check_runs(folders: Sequence[Path], out: str) -> None:
+    """ValueError where `out` lies among the images that a run has seen; a word on runs that are not finished."""
+    for run in {run for run in map(run_of, folders) if run is not None}:
+        pictures.check_apart("--out", out, disk.read_json(run / "config.json", "bring it back").get("data"))
+        if not (run / "metrics.json").exists() and machine.rank_and_world()[0] == 0:
+            machine.note(f"{run} is not finished: its students are previews, of an earlier step")
+
+
 def check_text(folders: Sequence[Path], text: TextEncoder) -> None:
     """ValueError where networks have learned from the embeddings of other encoders, as their data says."""
     for run in {run for run in map(run_of, folders) if run is not None}:
@@ -332,6 +336,7 @@ def open_vae(where: str | None, shape: Sequence[int], device: torch.device) -> t
 def prepare(runs: Sequence[Path], flags: Flags) -> Job:
     """Loads the networks of these folders and what sampling them takes; ValueError, OSError, ImportError if not."""
     device, asked, flags = machine.find_device(flags.device), flags.process, sampler_of(runs, flags)
+    check_runs(runs, flags.out)
     nets = open_networks(runs, not flags.no_calibration)
     first, given, text = next(iter(nets.values())), [], None
     if any("text" in net.conditions for net in nets.values()):
