@@ -369,7 +369,7 @@ def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
         value = settings.get(name)
         if name not in ("process", "teacher") and value not in (None, usual):  # networks bring these themselves
             told.append(flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}")
-    about = "16 images, drawn as the run did, in the folder that this one lies in and with the clone on PYTHONPATH:"
+    about = "16 images as the run drew them; called from beside this folder, with the clone on PYTHONPATH:"
     return [*several, f"{about}\n\n```bash\npython -m distil.sample {' '.join(told)}\n```"]
 
 
