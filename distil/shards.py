@@ -200,7 +200,8 @@ class Shards(Rows):
         shapes = [(size, *shape[1:]) for size in sizes]
         allow_files(len(sizes))
         self.files = [open_array(path, shape, check=False) for path, shape in zip(self.paths, shapes, strict=True)]
-        self.unread = set(range(len(sizes)))  # whose checksum has not been looked at
+        rank, world = machine.rank_and_world()
+        self.unread = set(range(rank, len(sizes), world))  # whose checksum this process is to look at
         dtype = self.files[0].dtype
         super().__init__(shape, np.float32 if dtype == np.float16 else dtype)
 
