@@ -8,7 +8,6 @@
 Image i of a seed starts from the same noise in every network, so images of two networks can be compared one by one.
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -229,18 +228,26 @@ class Job(NamedTuple):
 def run_of(folder: Path) -> Path | None:
     """The run that `folder` is, or in whose student/ it lies; None for another folder."""
     for place in (folder, *folder.resolve().parents[:2]):
-        config, found = place / "config.json", {}
-        with contextlib.suppress(ValueError) if place is not folder else contextlib.nullcontext():
-            found = disk.read_json(config, "it must be the folder of a run or of a network") if config.is_file() else {}
-        if "kd" in found:  # the others are of networks, or above them of something else
-            return place
+        config = place / "config.json"
+        try:
+            remedy = "it must be the folder of a run or of a network"
+            if config.is_file() and "kd" in disk.read_json(config, remedy):  # the others are of networks
+                return place
+        except ValueError:
+            if place is folder:  # above it lies what is not asked for
+                raise
     return None
+
+
+def runs_of(folders: Iterable[Path]) -> set[Path]:
+    """The runs that these folders belong to."""
+    return {run for run in map(run_of, folders) if run is not None}
 
 
 def sampler_of(folders: Sequence[Path], flags: Flags) -> Flags:
     """The flags with all that was not given filled in: as the runs that these folders belong to sampled, else by
     SAMPLER. ValueError if the runs did it differently, for then images of their networks could not be compared."""
-    runs = {run for run in map(run_of, folders) if run is not None}
+    runs = runs_of(folders)
     configs, found = [json.loads((run / "config.json").read_text("utf-8")) for run in runs], {}
     for name in [name for name in SAMPLER if getattr(flags, name) is None]:
         values = {SAMPLER[name] if config.get(name) is None else config[name] for config in configs} or {SAMPLER[name]}
@@ -305,7 +312,7 @@ def open_text(flags: Flags, device: torch.device) -> tuple[list[str], TextEncode
 
 def check_runs(folders: Sequence[Path], out: str) -> None:
     """ValueError where `out` lies among the images that a run has seen; a word on runs that are not finished."""
-    for run in {run for run in map(run_of, folders) if run is not None}:
+    for run in runs_of(folders):
         pictures.check_apart("--out", out, disk.read_json(run / "config.json", "bring it back").get("data"))
         if not (run / "metrics.json").exists() and machine.rank_and_world()[0] == 0:
             machine.note(f"{run} is not finished: its students are previews, of an earlier step")
@@ -313,7 +320,7 @@ def check_runs(folders: Sequence[Path], out: str) -> None:
 
 def check_text(folders: Sequence[Path], text: TextEncoder) -> None:
     """ValueError where networks have learned from the embeddings of other encoders, as their data says."""
-    for run in {run for run in map(run_of, folders) if run is not None}:
+    for run in runs_of(folders):
         record = Path(disk.read_json(run / "config.json", "bring it back").get("data") or "", data.RECORD)
         theirs = disk.read_json(record, "bring it back").get("text_encoders") if record.is_file() else None
         if theirs and theirs != text.record["text_encoders"]:
