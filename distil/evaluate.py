@@ -9,7 +9,7 @@
                                                networks that read text, with their CLIP score
     torchrun --nproc-per-node 8 -m distil.evaluate -- RUN ...       shares the sampling
 
-Only `--num` looks through Inception, and only then, and from 10,000 samples on, is the word FID without an @ printed.
+Inception is used only with `--num`; below 10,000 samples its distance is called FID@n.
 `python -m distil.sample` draws images and measures nothing.
 """
 

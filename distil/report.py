@@ -310,10 +310,10 @@ tags:
 
 # {title(settings)}
 
-Diffusion students distilled with the losses of LIFT and PLACE (arXiv 2605.19729).
+Pruned diffusion students, trained by an implementation of LIFT and PLACE (arXiv 2605.19729).
 
 {facts}
-- licence: that of the teacher, {base or settings.get("teacher")}, and of the images: {licence.partition(chr(10))[0]}
+- licence: {licence.partition(chr(10))[0]}, by the teacher, {base or settings.get("teacher")}; see to that of the images
 
 {table(rows(metrics))}
 
@@ -339,7 +339,7 @@ def provenance(settings: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def title(settings: dict[str, Any]) -> str:
-    """What was cut from what, and how it was distilled."""
+    """What was cut from what, and how it was trained."""
     arch, size = settings.get("arch", "unet"), settings["image_size"]
     dataset = f"{settings['dataset']} {size}x{size}" if size else settings["dataset"]
     if settings.get("student"):
@@ -349,7 +349,7 @@ def title(settings: dict[str, Any]) -> str:
     else:
         cut = f"{settings['prune']:.0%} of the {'channels' if arch == 'unet' else 'blocks'} pruned"
     fold = "" if settings.get("fold_steps") is None else f" to {folded_to(settings['fold_steps'])} steps"
-    return f"{dataset}, {cut}, distilled with {', '.join(settings['kd'])}{fold}"
+    return f"{dataset}, {cut}, trained with {', '.join(settings['kd'])}{fold}"
 
 
 def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
@@ -369,7 +369,7 @@ def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
         value = settings.get(name)
         if name not in ("process", "teacher") and value not in (None, usual):  # networks bring these themselves
             told.append(flag(name) if value is True else f"{flag(name)} {shlex.quote(str(value))}")
-    about = "16 images as the run drew them; called from beside this folder, with the clone on PYTHONPATH:"
+    about = "16 images, drawn as the run drew them, from beside this folder, with the clone on PYTHONPATH:"
     return [*several, f"{about}\n\n```bash\npython -m distil.sample {' '.join(told)}\n```"]
 
 

@@ -49,7 +49,7 @@ class Settings:
     dataset: str = option("digits", "images", choices=tuple(dict.fromkeys(row["dataset"] for row in PRESETS)))
     arch: str | None = option(None, "the teacher's architecture", choices=tuple(ARCHS))
     data: str | None = option(None, "folder with the data set's files, or of images; alone it means --dataset folder")
-    vae: str | None = option(None, "of latents, to look at samples: folder or hub id; else the one that made them")
+    vae: str | None = option(None, "of latents, to look at samples: folder or hub id; else the one that encoded them")
     image_size: int | None = option(None, "pixels; digits: 8 or 16", int, low=1, high=4096)
     flip: bool | None = option(None, "mirror half of the images of a step, left to right; not of digits", bool)
     prune: float = option(
@@ -66,13 +66,13 @@ class Settings:
     )
     taylor_batch: int | None = option(None, "images that it looks at; without a preset a batch", int, low=1)
     taylor_steps: int | None = option(None, "timesteps that it looks at, evenly spaced; all", int, low=1)
-    norm_groups: str | None = option(None, "their number stays, or scales with the width", choices=("keep", "scale"))
-    head: str | None = option(None, "unet, dit: of the students, gives back what norms erase", choices=("statistics",))
+    norm_groups: str | None = option(None, "of students: their number stays, or scales", choices=("keep", "scale"))
+    head: str | None = option(None, "unet, dit: gives students back what norms erase", choices=("statistics",))
     kd: tuple[str, ...] = option(("place",), "methods, one or more", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option(
-        (0,), "a student per method and seed: of its channels or blocks, dropout", int, **SEED
+        (0,), "one student per method and seed, which draws channels or blocks, and dropout", int, **SEED
     )
-    seed: int = option(0, "of what students share: teacher, order of the images, noise, timesteps", int, **SEED)
+    seed: int = option(0, "of what all students share: teacher, order of the images, noise, timesteps", int, **SEED)
     teacher: str | None = option(None, "checkpoint, folder, hub id, auto (the public one), train (here, kept in runs)")
     student: str | None = option(None, f"network to start from: a folder; sd: or {', '.join(SD_STUDENTS)}")
     init: str | None = option(None, "their first weights: the teacher's, or random ones", choices=("teacher", "random"))
@@ -87,8 +87,8 @@ class Settings:
         None, "unet: its widths at all levels in multiples of that, as 1,2,2", numbers, low=1
     )
     num_res_blocks: int | None = option(None, "unet: its blocks at every level", int, low=1)
-    teacher_norm_groups: int | None = option(None, "unet: groups of its norms; of about 4 channels", int, low=1)
-    process: str | None = option(None, "of time: what is predicted, noise, v or velocity", choices=tuple(PROCESSES))
+    teacher_norm_groups: int | None = option(None, "unet: groups of its norms; else of about 4 channels", int, low=1)
+    process: str | None = option(None, "diffusion, and its prediction: noise, v or velocity", choices=tuple(PROCESSES))
     steps: int | None = option(None, "distillation steps", int, low=1)
     batch_size: int | None = option(None, "images per step, over all processes", int, low=1, high=10**6)
     lr: float | None = option(None, "learning rate of Adam", float, above=0)
@@ -107,7 +107,7 @@ class Settings:
     lambda_feat: float | None = option(None, "weight of the feature loss of feat, lift, place", float, low=0)
     lambda_hidden: float = option(1.0, "with --fold-steps: weight of the last feature's distance", float, low=0)
     feat_stages: int | None = option(None, "equal parts of a run in which it falls to 0; 0: it stays", int, low=0)
-    constants: str | None = option(None, "of which published setting: those of all losses", choices=CONSTANTS)
+    constants: str | None = option(None, "published setting whose constants the losses have", choices=CONSTANTS)
     group_size: int = option(16, "K of place: elements per group", int, low=2)
     halve_group_size: int = option(0, "how often K is halved, after equal parts of the run", int, low=0, high=20)
     lift_per: str = option("channel", "lift: one line for each channel, or sample", choices=("channel", "sample"))
@@ -128,7 +128,7 @@ class Settings:
     teacher_precision: str | None = option(
         None, "of the frozen teacher, where not that of all networks", choices=("fp32", "bf16")
     )
-    compile: bool = option(False, "torch.compile the networks: slow to start, faster to run", bool)
+    compile: bool = option(False, "torch.compile the networks: slow to start; on CPUs it gains nothing", bool)
     recompute: bool = option(False, "sd, mmdit: gradient checkpointing, less memory for a third more time", bool)
     fsdp: bool = option(False, "split the students over the processes (torch FSDP2), not only the batch", bool)
     accumulate: int = option(1, "parts of a batch, to save memory; lift and place take one more pass", int, low=1)

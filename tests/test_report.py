@@ -200,7 +200,7 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
         assert (
             "license: unknown\npipeline_tag: unconditional-image-generation\n" in front and "\n- diffusion\n" in front
         )
-        assert "# digits 8x8, 90% of the channels pruned, distilled with out, place\n" in body
+        assert "# digits 8x8, 90% of the channels pruned, trained with out, place\n" in body
         assert "- `python train.py --kd out place --out 'my run'`\n" in body and "- processor abacus, gpu none" in body
         assert report.table(report.rows(found)) in body and "as usual" in body
         assert json.loads(body.split("```json\n")[1].split("```")[0]) == settings
@@ -218,11 +218,11 @@ def test_the_card_of_a_run_and_of_its_student(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "title"),
     [
-        ({"arch": "dit", "prune": 0.5}, "digits 8x8, 50% of the blocks pruned, distilled with place"),
-        ({"arch": "dit", "keep": [0, 3]}, "digits 8x8, blocks 0, 3 kept, distilled with place"),
-        ({"arch": "sd", "student": "tiny", "image_size": None}, "digits, student tiny, distilled with place"),
-        ({"student": "runs/a/student"}, "digits 8x8, student runs/a/student, distilled with place"),
-        ({"fold_steps": 5}, "digits 8x8, 90% of the channels pruned, distilled with place to 5 steps"),
+        ({"arch": "dit", "prune": 0.5}, "digits 8x8, 50% of the blocks pruned, trained with place"),
+        ({"arch": "dit", "keep": [0, 3]}, "digits 8x8, blocks 0, 3 kept, trained with place"),
+        ({"arch": "sd", "student": "tiny", "image_size": None}, "digits, student tiny, trained with place"),
+        ({"student": "runs/a/student"}, "digits 8x8, student runs/a/student, trained with place"),
+        ({"fold_steps": 5}, "digits 8x8, 90% of the channels pruned, trained with place to 5 steps"),
     ],
 )
 def test_titles_of_cards(changed, title):
