@@ -60,7 +60,7 @@ class Distillation(NamedTuple):
     loss: Tensor  # (), or (B,) for reduction="none": what is added to the objective
     coarse: Tensor  # (), mean over all groups of |b0| + |b1 - 1|   (l2: b0^2 + (b1 - 1)^2)
     fine: Tensor  # (), mean over all elements of (e_T - b0 - b1 e_S)^2, b0 and b1 detached
-    weight: Tensor  # (), w in [0, 1], detached
+    weight: Tensor  # (), w in [0, 1] or what the caller gave, detached
     b0: Tensor  # (B, C, G), intercept of each group, in order of growing error
     b1: Tensor  # (B, C, G), slope of each group
 
@@ -168,7 +168,10 @@ def weigh(x: Tensor, weight: Weight) -> Tensor:
     w = adaptive if weight is None else weight
     if isinstance(w, str):
         raise ValueError(f"weight must be a number or a function, not {w!r}: schedule({w!r}, step, total) gives one")
-    w = torch.as_tensor(w(x.detach()) if callable(w) else w)
+    w = w(x.detach()) if callable(w) else w
+    w = (
+        x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)
+    )  # the copy of a number would wait for a GPU
     if w.numel() != 1:
         raise ValueError(
             f"weight must be a number or hold one element, not {tuple(w.shape)}: one w for the whole batch"

@@ -371,6 +371,7 @@ class UNet(Network):
                 self.up[0].upsample.conv = nn.Conv2d(width, width, 3, padding=1)
         self.norm_out = nn.GroupNorm(1, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.predicts_variance = out_channels == 2 * in_channels
         self.set_norm_groups(norm_groups)
         self.set_head(head)
 

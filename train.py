@@ -40,7 +40,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from distil import data, disk, evaluate, fast_loss, machine, report
 from distil.batches import Batch, batches
 from distil.earlier import read_checkpoint
-from distil.machine import Stop, hash_seed, mean_over_ranks, rank_and_world, say
+from distil.machine import Stop, hash_seed, mean_over_ranks, rank_0_first, rank_and_world, say
 from distil.networks import Run, new_network, smaller, start_of, teacher_settings
 from distil.prepare import SEEN, dry_run, open_teacher, outlook, prepare, sketch
 from distil.process import Process, fold_of, make_process, process_of, split
@@ -74,9 +74,13 @@ def resolve(settings: Settings, name: str) -> Method:
     """The method that --kd calls `name`, with the constants of these settings."""
     constants = {key: value for key, value in PRESETS[settings.constants].items() if key != "group_size"}
     constants["norm"] = settings.norm or constants["norm"]
+    compare = FEATURES[settings.constants]
     total = constants["reduction"] == "sum"  # over a sample; then the mean over the batch
     folded, (distance_name, _) = settings.fold_steps is not None, settings.terms(name)
     lambda_feat = settings.lambda_hidden if folded else settings.lambda_feat
+
+    def part_of(n: int, at: int) -> int:  # which of n equal parts of the run this step is in
+        return at * n // settings.steps
 
     def squared(a: Tensor, b: Tensor) -> Tensor:  # (B, ...) each -> ()
         return mse_loss(a.float(), b.float()) * (a[0].numel() if total else 1)
@@ -89,18 +93,19 @@ def resolve(settings: Settings, name: str) -> Method:
         return parts.loss, parts
 
     def place(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
-        k = settings.group_size >> at * (settings.halve_group_size + 1) // settings.steps  # halved after equal parts
+        k = settings.group_size >> part_of(settings.halve_group_size + 1, at)  # halved after each
         parts = fast_loss.place(student, teacher, group_size=k, weight=w, **constants)
         return parts.loss, parts
 
     def features(student: list[Tensor], teacher: list[Tensor], elements: int) -> Tensor:
         if folded:  # SFDDM weighs the means of the output and of the last feature alike
             return absolute(student[-1], teacher[-1], elements)
-        return FEATURES[settings.constants](student, teacher)
+        return compare(student, teacher)
 
     def feature_weight(at: int) -> float:  # constant, or falling to 0 over equal parts of the run (TinyFusion)
-        stages = 0 if folded else settings.feat_stages
-        return lambda_feat * (1 - at * stages // settings.steps / max(stages - 1, 1) if stages else 1.0)
+        if folded or settings.feat_stages < 2:
+            return lambda_feat
+        return lambda_feat * (1 - part_of(settings.feat_stages, at) / (settings.feat_stages - 1))
 
     by_lines = {"lift": lift, "place": place}
     distances: dict[str | None, Distance | None] = by_lines | {
@@ -376,19 +381,24 @@ def save_checkpoint(settings: Settings, students: list[Student], folder: Path, s
     A kill at any moment leaves one of the two whole. OSError where the disk is full, or weights are not finite.
     """
     states = {student.name: student.state() for student in students}
-    if rank_and_world()[0] > 0:
-        return
-    path, former = folder / "checkpoint.pt", folder / "checkpoint.prev.pt"
-    tensors = [tensor for state in states.values() for tensor in [*state["module"].values(), *state["ema"].values()]]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-        raise OSError(f"{path} was not written: weights are not finite at step {steps}; an earlier checkpoint stays")
-    disk.need_room(folder, 2 * sum(tensor.nbytes for tensor in tensors), f"{path}, with two moments a weight,")
-    with disk.whole(path) as part:
-        with part.open("wb") as file:
-            torch.save({"step": steps, "settings": plain(settings), "data": images.about, "students": states}, file)
-        disk.seal(part)
-        if path.exists():
-            path.replace(former)
+    with rank_0_first():  # a launcher that sees a process end ends the others, and this one is to finish
+        if rank_and_world()[0] > 0:
+            return
+        path, former = folder / "checkpoint.pt", folder / "checkpoint.prev.pt"
+        tensors = [
+            tensor for state in states.values() for tensor in [*state["module"].values(), *state["ema"].values()]
+        ]
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            raise OSError(
+                f"{path} was not written: weights are not finite at step {steps}; an earlier checkpoint stays"
+            )
+        disk.need_room(folder, 2 * sum(tensor.nbytes for tensor in tensors), f"{path}, with two moments a weight,")
+        with disk.whole(path) as part:
+            with part.open("wb") as file:
+                torch.save({"step": steps, "settings": plain(settings), "data": images.about, "students": states}, file)
+            disk.seal(part)
+            if path.exists():
+                path.replace(former)
 
 
 def restore(student: Student, checkpoint: dict[str, Any], path: Path) -> None:
@@ -414,8 +424,11 @@ def resume(
         start = checkpoint["step"]
         for student in students:
             restore(student, checkpoint, folder / "checkpoint.pt")
+        checkpoint.clear()  # the students have it; nobody needs it twice in memory
         say(f"{folder}: resumed at step {start} of {settings.steps}")
     if rank_and_world()[0] == 0:
+        for left in folder.glob(".checkpoint.pt.*.part"):  # of a machine that the run was on before
+            left.unlink(missing_ok=True)
         disk.write_json(folder / "config.json", plain(settings))
     look = functools.partial(preview, settings, students, run, process)
     train(settings, students, teacher, run.images, process, start, look)
@@ -435,6 +448,7 @@ def train_teacher(run: Run) -> Network:
         with machine.refusing("train.py"):
             teacher = open_teacher(run.settings, run.images)  # another run may have trained it meanwhile
             checkpoint = read_checkpoint(settings, folder, run.images.about)
+            machine.agreed("the teacher", (teacher is None, checkpoint and checkpoint["step"]))
         if teacher is not None:
             return teacher
         say(f"teacher: training one for {settings.steps} steps in {folder}")
@@ -469,6 +483,7 @@ def make_students(
     tapped = tap(teacher, nets[0], comparing[0].taps) if comparing else teacher
     kind, students = ShardedStudent if settings.fsdp else Student, []
     taught = {"teacher": tapped, "taught_by": fingerprint(teacher.state_dict().values())}
+    machine.agreed("the teacher's weights", taught["taught_by"])
     for seed, net in zip(settings.seeds, nets, strict=True):
         students += [kind(settings, method, seed, start_of(run, net, seed, time), **taught) for method in methods]
     return students, tapped
@@ -482,7 +497,7 @@ def distil(run: Run) -> dict[str, Any] | None:
         announce(run.metrics, folder)
         return run.metrics
     if run.teacher is None:
-        say(outlook(settings, run.images, *sketch(settings, run.images), trained=False))
+        say(outlook(settings, run.images, *sketch(settings, run.images, student=run.student), trained=False))
     teacher = run.teacher or train_teacher(run)
     teacher.process = {"name": settings.process, **teacher.process}  # its students are saved with it
     process = process_of(teacher, **settings.of_time)
@@ -500,18 +515,19 @@ def distil(run: Run) -> dict[str, Any] | None:
     resume(settings, students, tapped, run, process, run.checkpoint)
     for student in students:
         student.ema = student.average()
-    if rank_and_world()[0] > 0:
-        return None
-    folders = save_students(settings, {student.name: student.ema for student in students})
-    metrics = evaluate.measure(settings, run.images, run.held_out, teacher, run.vae, students, process, run.device)
-    for student, row in zip(students, metrics["students"], strict=True):
-        if student.stopped is not None:
-            row["stopped"] = student.stopped
-    for place in dict.fromkeys((folder, folder / "student", *folders)):
-        report.card(place, metrics)
-    disk.write_json(folder / "metrics.json", metrics)
-    announce(metrics, folder)
-    return metrics
+    with rank_0_first():  # a launcher waits a few minutes only for machines whose processes have not ended
+        if rank_and_world()[0] > 0:
+            return None
+        folders = save_students(settings, {student.name: student.ema for student in students})
+        metrics = evaluate.measure(settings, run.images, run.held_out, teacher, run.vae, students, process, run.device)
+        for student, row in zip(students, metrics["students"], strict=True):
+            if student.stopped is not None:
+                row["stopped"] = student.stopped
+        for place in dict.fromkeys((folder, folder / "student", *folders)):
+            report.card(place, metrics)
+        disk.write_json(folder / "metrics.json", metrics)
+        announce(metrics, folder)
+        return metrics
 
 
 def announce(metrics: dict[str, Any], folder: Path) -> None:

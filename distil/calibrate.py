@@ -218,6 +218,9 @@ def main(argv: list[str] | None = None) -> int:
 
     case, flags = doctor.opened("distil.calibrate", __doc__, argv, num=300)
     with machine.refusing("distil.calibrate"):
+        for folder in case.folders.values():
+            if not os.access(folder, os.W_OK):
+                raise OSError(f"the calibration belongs into {folder}, which cannot be written: give a copy of it")
         calibrations = case.fit()
     ways, picture = [], Path(flags.out) / "calibration.png"
     with machine.refusing("distil.calibrate", (OSError,)):

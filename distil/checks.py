@@ -124,7 +124,11 @@ def check_given(settings: Settings, student: Network, teacher: Network) -> None:
     check_classes(what, student, teacher)
     if student.condition_dropout > 0 and teacher.no_condition() is None:
         raise ValueError(f"{what} learns without the class, too, and its teacher cannot: use a student that does not")
-    if student.predicts_variance > teacher.predicts_variance and any(settings.terms(name)[0] for name in settings.kd):
+    if (
+        student.predicts_variance
+        and not teacher.predicts_variance
+        and any(settings.terms(name)[0] for name in settings.kd)
+    ):
         raise ValueError(f"{what} predicts a variance and its teacher none: use a student that predicts none, either")
     regrouped(settings, student, teacher)  # refuses norms of other names
     if settings.fold_steps is None and any(map(settings.compares_features, settings.kd)):
@@ -159,6 +163,8 @@ def check_steps(settings: Settings, teacher: Network | None, student: Network | 
     known = {"name": settings.process, "sampler": settings.sampler}  # a sampler may refuse what a network predicts
     process = make_process(**known) if teacher is None else process_of(teacher, **known)
     if settings.fold_steps is not None:
+        if teacher is not None and teacher.predicts_variance:
+            raise ValueError("--fold-steps takes a teacher that predicts no variance: it would be that of all steps")
         try:
             process = process.fold(settings.fold_steps, settings.fold_end)
         except ValueError as error:

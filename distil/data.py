@@ -4,6 +4,7 @@ Images are decoded and resized once, into shards below `runs/cache/`, which may 
 to keep (LSUN bedroom: 596 GB) are decoded whenever they are indexed. In the network pixels are float32, -1 .. 1.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -393,8 +394,10 @@ def _decoded(
     entry = _entry(ask, f"{name}-{ask.image_size}x{ask.image_size}x{ask.channels}", key)
     pixels = shards.OnTheFly(items, labels, decode_item, shape, log=entry / "unreadable.json")
     arrays, what = {"images": (shape, np.uint8)}, f"decoded images of {entry.name}"
-    try:
-        shards.write_shards(entry, arrays, len(items), lambda rows: {"images": pixels[rows]}, batch=256, what=what)
+    files = [shards.shard_file(entry, "images", i) for i in range(math.ceil(len(items) / shards.SHARD))]
+    try:  # of several runs one decodes, and the others find what it wrote
+        with contextlib.nullcontext() if all(file.exists() for file in files) else disk.held(entry):
+            shards.write_shards(entry, arrays, len(items), lambda rows: {"images": pixels[rows]}, batch=256, what=what)
     except ValueError:  # too many are unreadable
         shutil.rmtree(entry, ignore_errors=True)
         raise

@@ -125,14 +125,15 @@ def lock(folder: str | os.PathLike, remedy: str | None = None) -> Iterator[None]
     OSError, in one sentence: another one has it, or the folder cannot be written.
     """
     rank, world = rank_and_world()
-    with _locked(Path(folder), remedy) if rank == 0 else contextlib.nullcontext():
+    with held(Path(folder), remedy) if rank == 0 else contextlib.nullcontext():
         if world > 1:
             dist.barrier()
         yield
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, remedy: str | None) -> Iterator[None]:
+def held(folder: Path, remedy: str | None = None) -> Iterator[None]:
+    """The same for this process alone."""
     path, told = folder / ".lock", False
     new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     while True:

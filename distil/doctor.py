@@ -21,13 +21,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, shards, teachers
+from distil import (
+    calibrate,
+    checks,
+    data,
+    earlier,
+    machine,
+    metrics,
+    networks,
+    prepare,
+    report,
+    sample,
+    shards,
+    teachers,
+)
 from distil.calibrate import Calibrated, Calibration
 from distil.command import Parser
 from distil.fast_loss import lift
 from distil.process import Process, check_guidance, process_of, split
 from distil.settings import Settings, restored
-from models import Network, lonely_norms
+from models import Network, fingerprint, lonely_norms
 
 # ---- Students beside their teacher -----------------------------------------------------------------------------------
 
@@ -104,10 +117,16 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
         dataset, where = (images, None) if images in data.DATASETS else ("folder", images)
         read = partial(data.load, dataset, where, first.shape[1], channels=first.shape[0])
         real, held_out = read(), read("test") if where is None else None
-    opened = None if flags.teacher else prepare.open_network("teacher", settings)
-    teacher = teachers.load(flags.teacher) if flags.teacher else prepare.open_teacher(settings, real, opened)
+    if "text" in first.conditions:  # it has been loaded, with its text encoders
+        teacher = job.nets["teacher"]
+    elif flags.teacher:
+        teacher = teachers.load(flags.teacher)
+    else:
+        teacher = prepare.open_teacher(settings, real, prepare.open_network("teacher", settings))
     if teacher is None:
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
+    if flags.teacher is None:
+        check_taught(sample.run_of(run), teacher)
     for name, net in {"the teacher": teacher, **students}.items():
         networks.check_conditions(name, net.conditions, images or settings.data, real, net.num_classes)
         checks.check_classes(name, net, teacher)
@@ -128,6 +147,14 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     again = "".join(f" {name} {shlex.quote(value)}" for name, value in others if value)
     return Case(students, folders, teacher, own, process, clamped, x0.to(device), held_out is not None, cond, real,
                 classifier, job.count, sampler, again)  # fmt: skip
+
+
+def check_taught(run: Path, teacher: Network) -> None:
+    """ValueError where the checkpoint of the run says that its students learned from a teacher with other weights."""
+    if (path := run / "checkpoint.pt").exists():
+        taught = {state.get("teacher") for state in earlier.open_checkpoint(path)["students"].values()}
+        if taught - {None, fingerprint(teacher.state_dict().values())}:
+            raise ValueError(f"the students of {run} learned from a teacher with other weights: name it with --teacher")
 
 
 def folded(own: Process, teacher: Network, its: Process, student: Network) -> Process:

@@ -39,7 +39,8 @@ def read_checkpoint(settings: Settings, folder: Path, about: dict[str, Any]) -> 
     kinds = {"step": int, "settings": dict, "students": dict}
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is no checkpoint of train.py: move it away, or give another --out")
-    refuse_other_settings(settings, found["settings"], path)
+    moved = {"data"} if "data" in found else set()  # it is known what the images are, wherever they lie
+    refuse_other_settings(settings, found["settings"], path, moved)
     if not 0 <= found["step"] <= settings.steps:
         raise ValueError(f"{path} says step {found['step']} of {settings.steps}: move it away, or give another --out")
     remedy = "bring them back as they were, or give another --out"
@@ -65,8 +66,9 @@ def open_checkpoint(path: Path) -> Any:
         raise Damaged(f"{path} is damaged ({error})") from error
 
 
-def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
-    """The metrics of a finished run; None if there is none, or if it was evaluated otherwise."""
+def read_metrics(settings: Settings, folder: Path, same_data: bool = False) -> dict[str, Any] | None:
+    """The metrics of a finished run; None if there is none, or if it was evaluated otherwise.
+    same_data: whether its images are known to be these, wherever they lay."""
     path, remedy = folder / "metrics.json", "remove it, and the same command evaluates again"
     if not path.exists():
         return None
@@ -74,16 +76,16 @@ def read_metrics(settings: Settings, folder: Path) -> dict[str, Any] | None:
     kinds = {"settings": dict, "students": list, "teacher": dict, "protocol": str}
     if not all(isinstance(metrics.get(key), kind) for key, kind in kinds.items()):
         raise Damaged(f"{path} is not what train.py writes: {remedy}")
-    refuse_other_settings(settings, metrics["settings"], path)
+    refuse_other_settings(settings, metrics["settings"], path, {"data"} if same_data else set())
     now, former = plain(settings), plain(restored(metrics["settings"]))
     return metrics if all(former[name] == now[name] for name in EVALUATION) else None
 
 
-def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path) -> None:
+def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path, also_free: set[str]) -> None:
     """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
     chosen = {"taylor_batch": settings.taylor_batch}  # long ago: a checkpoint brings its own channels
     now, former = plain(settings), plain(restored({**chosen, **former}))
-    free = FREE | EVALUATION | settings.unused
+    free = FREE | EVALUATION | settings.unused | also_free
     differ = [name for name in now if name not in free and now[name] != former[name]]
     if differ:
         changes = ", ".join(f"{flag(name)} was {former[name]}, is {now[name]}" for name in differ)

@@ -13,6 +13,7 @@ Inception is used only with `--num`; below 10,000 samples its distance is called
 `python -m distil.sample` draws images and measures nothing.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -199,7 +200,8 @@ def join(runs: Sequence[Path]) -> str:
     if len(protocols) > 1:
         doubts.insert(0, "not the same protocol for all rows, compare only those that share one")
         protocols = {f"{', '.join(map(str, of))}: {protocol}": of for protocol, of in protocols.items()}
-    return "\n".join([report.table(rows), "", *protocols, *[f"WARNING: {'; '.join(doubts)}"] * bool(doubts)])
+    warning = [f"WARNING: {'; '.join(doubts)}"] if doubts else []
+    return "\n".join([report.table(rows), "", *protocols, *warning])
 
 
 def differences(runs: Sequence[Path], settings: Sequence[dict[str, Any]]) -> list[str | None]:
@@ -249,13 +251,15 @@ class Flags(sample.Flags):
 
 def compare(runs: Sequence[Path], flags: Flags, extract: metrics.Extract | None) -> None:
     """Samples the networks, on all processes; on rank 0 compares them with the real images and prints the table."""
-    rank, out = machine.rank_and_world()[0], Path(flags.out)
+    (rank, world), out = machine.rank_and_world(), Path(flags.out)
     with machine.refusing("distil.evaluate"):  # all that can be wrong, before hours of sampling
         if flags.num is None and flags.clip is None:
             raise ValueError("--prompts needs --num or --clip; python -m distil.sample draws images of prompts")
         if flags.num is not None and flags.dataset is None and flags.reference is None:
             known = ", ".join(data.DATASETS)
             raise ValueError(f"--num needs the real images: --dataset, one of {known}, or --reference FILE.npz")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) < world:
+            raise ValueError("processes of several machines cannot write into the same files: start them all on one")
         job, device = sample.prepare(runs, flags), machine.find_device(flags.device)
         if flags.clip is not None and not job.prompts:
             raise ValueError("--clip compares images with their prompts, and these networks read none: leave it out")
@@ -289,6 +293,8 @@ def open_reference(flags: Flags, shape: tuple[int, int, int], extract: metrics.E
     real = data.load(flags.dataset, flags.data, image_size=flags.resize or shape[1], channels=shape[0])
     if real.record is not None:
         raise ValueError(f"--dataset {flags.dataset} holds latents: name the images behind them, or a --reference")
+    if isinstance(real.images, shards.Shards):
+        real.images.unread = set(range(len(real.images.files)))  # no other process reads them
     return metrics.reference(real, extract, count=flags.real)
 
 

@@ -61,7 +61,7 @@ def accumulate_gradients(
 
 def random_blocks(depth: int, n: int, seed: int) -> list[int]:
     """n of `depth` blocks, drawn from `seed`; the first and the last stay, for they talk to the layers outside."""
-    ends = [0, depth - 1][-n:] if n < 2 else [0, depth - 1]
+    ends = [0, depth - 1][-n:]
     inner = torch.randperm(depth - 2, generator=torch.Generator().manual_seed(seed))[: n - len(ends)] + 1
     return sorted({*ends, *inner.tolist()})
 
@@ -136,13 +136,10 @@ class GatedDepth(nn.Module):
             for layer in [layer for layer in net.modules() if isinstance(layer, nn.Linear)]:
                 nn.utils.parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, lora_rank))
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None, hard: bool = False) -> Tensor:
-        """As the network; `hard`: with the favoured options instead of drawn ones."""
-        if hard:
-            one_hot = F.one_hot(self.gates.argmax(1), len(self.options)).float().expand(len(x_t), -1, -1)
-        else:  # the factor 100 makes a learning rate fit for weights fit for logits
-            logits = 100 * self.gates.expand(len(x_t), -1, -1)  # (B, g, options)
-            one_hot = F.gumbel_softmax(logits, self.tau, hard=True)  # (B, g, options)
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        """As the network, with options drawn for each sample."""
+        logits = 100 * self.gates.expand(len(x_t), -1, -1)  # (B, g, options); a learning rate for weights fits them so
+        one_hot = F.gumbel_softmax(logits, self.tau, hard=True)  # (B, g, options)
         self.mask = (one_hot @ self.options).flatten(1)  # (B, depth)
         try:
             return self.net(x_t, t, cond)

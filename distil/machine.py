@@ -92,6 +92,18 @@ def rank_0_first() -> Iterator[None]:
         dist.barrier()
 
 
+def agreed(what: str, value: Any) -> None:
+    """OSError unless all processes have found the same value of `what`: training from different ones would be in
+    vain. Every process has to call it."""
+    world = rank_and_world()[1]
+    if world > 1:
+        found = [None] * world
+        dist.all_gather_object(found, value)
+        if odd := [i for i, other in enumerate(found) if other != found[0]]:
+            remedy = "runs/ and --data have to be on storage that all machines see, and --precision to be given"
+            raise OSError(f"process {odd[0]} finds {what} other than process 0 does: {remedy}")
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of x over all processes, same shape."""
     if dist.is_initialized():
@@ -224,7 +236,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.number, self.before, self.former = 0, None, {}
+        self.number, self.said, self.before, self.former = 0, 0, None, {}
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -257,15 +269,19 @@ class Stop:
         """The signal that some process got, 0 for none, as all processes find it at the same step. Of several it is the
         answer of the call before, for which no device has to finish this step; at the `last` call that of this one."""
         if rank_and_world()[1] == 1:
-            return self.number
-        found = torch.full((), self.number, device=device)  # no copy to it
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        before, self.before = self.before, found
-        return int(found if last else before) if last or before is not None else 0
+            self.said = self.number
+        else:
+            found = torch.full((), self.number, device=device)  # no copy to it
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            before, self.before = self.before, found
+            self.said = int(found if last else before) if last or before is not None else 0
+        return self.said
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for number, handler in self.former.items():
             signal.signal(number, handler)
         if self.former:
             signal.set_wakeup_fd(self.fd)
             os.close(self.into)  # ends the thread
+        if kind is None and self.number > self.said:  # it came too late to be agreed upon
+            signal.raise_signal(self.number)

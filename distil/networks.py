@@ -18,7 +18,7 @@ import models
 from distil import data, importance, text_to_image
 from distil.batches import Batch, batches
 from distil.machine import digest, hash_seed, note, on_device, say
-from distil.presets import SHAPE, preset
+from distil.presets import SHAPE, TEACHERS, preset
 from distil.process import Process
 from distil.settings import FREE, Settings
 from distil.students import autocast, find_dtype
@@ -109,10 +109,10 @@ def teacher_settings(settings: Settings) -> Settings:
     usual = preset(settings.dataset, 0.0, settings.arch)
     given = {name: getattr(settings, name) for name in ("ema_warmup", "timesteps", "flip")}
     own |= {name: value for name, value in given.items() if value != usual[name]}  # only others are named
-    named = own | {"compile": False, "accumulate": 1}  # which make no other teacher
+    named = own | {"compile": False, "accumulate": 1}  # they make no other teacher; once they stood in its name
     key = digest(json.dumps([named, network_config(settings)]).encode())[:8]
     watch = {name: getattr(settings, name) for name in FREE - {"out"}}
-    return Settings(**own, **watch, out=f"runs/teachers/{settings.dataset}{settings.image_size or ''}-{key}")
+    return Settings(**own | watch, out=f"{TEACHERS}/{settings.dataset}{settings.image_size or ''}-{key}")
 
 
 Loss = Callable[[Tensor, Batch], Tensor]  # (output of a network, batch) -> the diffusion loss, ()
@@ -150,7 +150,7 @@ def of_channels(run: Run, teacher: Network, process: Process, loss: Loss, seed: 
         why = f"no norm loses a group: a teacher with fewer of them{more} loses more"
         note(f"WARNING: --prune {settings.prune:g} leaves {left:.0%} of the parameters instead of about "
              f"{(1 - settings.prune) ** 2:.0%}, for {why}")  # fmt: skip
-    if dist.is_initialized():  # importance may differ by rounding between processes: all take the channels of rank 0
+    if run.checkpoint is None and dist.is_initialized():  # importance may differ by rounding: all take those of rank 0
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
     return net

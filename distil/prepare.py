@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,12 @@ from distil import data, disk, pictures, teachers, text_to_image
 from distil.checks import check_images, check_machine, check_out, check_steps, check_students, check_unused
 from distil.command import flag
 from distil.earlier import read_checkpoint, read_metrics, refuse_other_data
-from distil.machine import digest, find_device, rank_0_first
+from distil.machine import agreed, digest, find_device, rank_0_first
 from distil.networks import SMALLER, Run, check_conditions, headed, new_network, teacher_settings
-from distil.presets import ARCHS, SD_STUDENTS, SHAPE, SIZES
+from distil.presets import ARCHS, SD_STUDENTS, SHAPE, SIZES, TEACHERS
 from distil.process import check_guidance, check_name
 from distil.settings import Settings, plain
+from distil.students import find_dtype
 from models import Network, load_checkpoint
 
 
@@ -47,7 +49,10 @@ def prepare(settings: Settings) -> Run:
     check_steps(settings, teacher, student)
     vae = open_vae(settings, images, device)
     checkpoint = read_checkpoint(settings, Path(settings.out), images.about)
-    metrics = read_metrics(settings, Path(settings.out))
+    metrics = read_metrics(settings, Path(settings.out), same_data="data" in (checkpoint or {}))
+    dtypes = [str(find_dtype(settings, device, frozen)) for frozen in (False, True)]
+    step = checkpoint and checkpoint["step"]
+    agreed("the run", (images.about, teacher is None, step, metrics is None, dtypes))
     return Run(settings, device, images, held_out, teacher, student, vae, checkpoint, metrics)
 
 
@@ -113,21 +118,21 @@ def open_network(name: str, settings: Settings) -> Opened | None:
 
     ValueError, OSError: it is not there, or cannot be read.
     """
-    where = getattr(settings, name)
-    if where in ("auto", "train") and ARCHS[settings.arch].text:
+    where, is_teacher = getattr(settings, name), name == "teacher"
+    if is_teacher and where in ("auto", "train") and ARCHS[settings.arch].text:
         raise ValueError(f"--arch {settings.arch} needs --teacher, a diffusers pipeline: a folder or a hub id")
-    made = SD_STUDENTS if name == "student" and ARCHS[settings.arch].pruning == "stages" else ()
-    if where is None or where == "train" or where in made:
+    made = ("train",) if is_teacher else SD_STUDENTS if ARCHS[settings.arch].pruning == "stages" else ()
+    if where is None or where in made:
         return None
     if Path(where).is_file():
         first = models.read_weights(Path(where)).get("conv_in.weight")  # of a U-Net
         channels = 3 if first is None else first.shape[1]
         return Opened(lambda images: load_checkpoint(new_network(settings, images), where), channels)
     if Path(where).suffix in FILES:
-        public = teachers.PUBLIC.get(settings.dataset) if name == "teacher" else None
+        public = teachers.PUBLIC.get(settings.dataset) if is_teacher else None
         remedy = f": fetch {public.url} and put it there" if public else ""
         raise FileNotFoundError(f"{flag(name)} {where}: there is no such file{remedy}")
-    if where == "auto":
+    if is_teacher and where == "auto":
         teachers.find_public(settings.dataset)
         return Opened(lambda images: teachers.public_teacher(settings.dataset))
     net = teachers.load(where)
@@ -189,12 +194,15 @@ def outlook(settings: Settings, images: data.Images, teacher: Network, student: 
     )
 
 
-def sketch(settings: Settings, images: data.Images, teacher: Network | None = None) -> tuple[Network, Network]:
-    """The teacher, a new one without weights if none is given, and a student of its kind."""
+def sketch(
+    settings: Settings, images: data.Images, teacher: Network | None = None, student: Network | None = None
+) -> tuple[Network, Network]:
+    """The teacher, a new one without weights if none is given, and a student of its kind, or as one given starts."""
     with torch.device("meta"):
         teacher = teacher or new_network(settings, images)
-    run = Run(settings, torch.device("cpu"), images, checkpoint={})
-    return teacher, headed(settings, SMALLER[teacher.pruning](run, teacher, None, None, 0), 0)
+    run = Run(settings, torch.device("cpu"), images, checkpoint={})  # with a checkpoint nothing is measured
+    student = copy.deepcopy(student) if student else SMALLER[teacher.pruning](run, teacher, None, None, 0)
+    return teacher, headed(settings, student, 0)
 
 
 def dry_run(settings: Settings) -> str:
@@ -209,7 +217,7 @@ def dry_run(settings: Settings) -> str:
     if file == "train":
         file, otherwise = made, f"is trained first, {settings.teacher_steps:,} steps"
     elif file == "auto" and public:
-        file, otherwise = Path(made.parents[1], public.file), f"is missing: it is fetched from {public.url}"
+        file, otherwise = Path(TEACHERS, public.file), f"is missing: it is fetched from {public.url}"
         if public.by_hand:
             otherwise = f"is missing: fetch {public.url} with a browser and put it there"
     elif text_to_image.HUB_ID.fullmatch(file):
@@ -231,8 +239,8 @@ def dry_run(settings: Settings) -> str:
         teacher, student = fitted("teacher", given, settings, images), fitted("student", start, settings, images)
         check_students(settings, images, teacher, student)
         check_steps(settings, teacher, student)
-        teacher, made = sketch(settings, images, teacher)
-        lines.append(outlook(settings, images, teacher, student or made, settings.teacher != "train" or there))
+        trained = settings.teacher != "train" or there
+        lines.append(outlook(settings, images, *sketch(settings, images, teacher, student), trained=trained))
     return "\n".join(lines)
 
 

@@ -112,6 +112,7 @@ SIZES: dict[str, list[tuple[bool, float, dict[str, Any]]]] = {  # by data set: (
 }
 OPEN = ("image_size", "channels", "batch_size", "teacher_steps", "steps", "lr", "teacher_lr", "decay", "warmup", "ema",
         "dropout", "importance", "eval_samples")  # fmt: skip
+TEACHERS = "runs/teachers"  # where those are kept that were trained here, or fetched
 SHAPE = {"channel_mults", "num_res_blocks", "teacher_norm_groups"}  # these go with `channels`
 
 # A --prune between two lines of a data set takes the next one. What is not in one of the paper's tables is ours (celeba

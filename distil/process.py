@@ -292,7 +292,7 @@ class DDPM(Process):
         a = (1 - betas).cumprod(0)  # (T,)
         before = F.pad(a[:-1], (1, 0), value=1.0)  # (T,), a_{t-1}
         variance = betas * (1 - before) / (1 - a)
-        variance[0] = variance[min(1, len(variance) - 1)] if len(variance) > 1 else betas[0]
+        variance[0] = variance[1] if len(variance) > 1 else betas[0]
         means = betas * before.sqrt() / (1 - a), (1 - before) * (1 - betas).sqrt() / (1 - a)
         return torch.stack([*means, variance.log(), betas.log()]).float()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from distil import data, disk, machine
 from distil.command import flag
 from distil.metrics import SCORES, DigitClassifier
-from distil.presets import folded_to
+from distil.presets import ARCHS, folded_to
 from distil.sample import SAMPLER
 from distil.settings import Settings
 from distil.teachers import PUBLIC, export_snippet
@@ -264,7 +264,7 @@ def curves(path: Path | str, log: Path | str) -> None:
                     whole[:, 1] = abs(whole[:, 1])
                 x, y = whole.reshape(-1, stretch, 2).mean(1).T
                 method = next(iter(records.values()))["method"]
-                (handles[method],) = axis.plot(x, y, color=COLORS[method], linestyle=LINES.get(method), linewidth=1)
+                (handles[method],) = axis.plot(x, y, color=COLORS.get(method), linestyle=LINES.get(method), linewidth=1)
         if key == "b1":
             axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         if key == "w":
@@ -277,7 +277,7 @@ def curves(path: Path | str, log: Path | str) -> None:
         axis.grid(alpha=0.3, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     last.axis("off")
-    methods = sorted(handles, key=list(COLORS).index)
+    methods = sorted(handles, key=[*COLORS, *handles].index)
     last.legend([handles[m] for m in methods], methods, loc="center", title="a line is one student", frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with disk.whole(Path(path)) as part:
@@ -295,7 +295,7 @@ def card(folder: Path | str, metrics: dict[str, Any]) -> None:
     facts += f"- {', '.join(f'{name} {value}' for name, value in metrics['machine'].items())}"
     pictures = [name for name in ("samples.png", "interpolations.png", "curves.png") if (folder / name).exists()]
     parts = "".join(f"{part}\n\n" for part in [f"![{name}]({name})" for name in pictures] + loading(folder, settings))
-    task = "text-to-image" if settings.get("arch") in ("sd", "mmdit") else "unconditional-image-generation"
+    task = "text-to-image" if ARCHS[settings.get("arch", "unet")].text else "unconditional-image-generation"
     licence, base = provenance(settings)
     text = f"""---
 license: {licence}
@@ -347,7 +347,7 @@ def title(settings: dict[str, Any]) -> str:
     elif settings.get("keep"):
         cut = f"blocks {', '.join(str(block) for block in settings['keep'])} kept"
     else:
-        cut = f"{settings['prune']:.0%} of the {'channels' if arch == 'unet' else 'blocks'} pruned"
+        cut = f"{settings['prune']:.0%} of the {ARCHS[arch].pruning} pruned"
     fold = "" if settings.get("fold_steps") is None else f" to {folded_to(settings['fold_steps'])} steps"
     return f"{dataset}, {cut}, trained with {', '.join(settings['kd'])}{fold}"
 
@@ -361,7 +361,7 @@ def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
     if not nets:
         return []
     where, config = list(nets.items())[-1]
-    several = [f"Its networks, each used as the last one below: {', '.join(nets)}"] * (len(nets) > 1)
+    several = [f"Its networks, each used as the last one below: {', '.join(nets)}"] if len(nets) > 1 else []
     if source := config.get("_class_name"):  # of a network of diffusers
         return [*several, export_snippet(source, where, settings["teacher"])]
     told = [f"--num 16 {shlex.quote(where)}"]

@@ -198,7 +198,7 @@ class Flags:
     eta: float | None = option(None, "DDIM eta, 0 deterministic, 1 ancestral; as the run's", float, low=0, high=1)
     spacing: str | None = option(None, "of the timesteps; as the run's", choices=SPACINGS)
     clip_x0: bool | None = option(None, "clamp the predicted image at every step; as the run did", bool)
-    guidance: float | None = option(None, "scale of classifier-free guidance, 1: none; as the run's", float)
+    guidance: float | None = option(None, "scale of classifier-free guidance, 1: none; as the run's", float, low=0)
     process: str | None = option(None, "what networks predict; as the run's", choices=tuple(PROCESSES))
     vae: str | None = option(None, "of networks on latents: folder or hub id; as the run's")
     prompts: str | None = option(None, "file with a prompt a line, for networks that read text")

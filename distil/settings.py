@@ -262,7 +262,8 @@ class Settings:
         """The name of the run's folder: what it makes, then whatever differs from the preset."""
         usual = preset(self.dataset, self.prune, self.arch, self.fold_steps)
         parts = [f"{self.dataset}{self.image_size or ''}"]
-        parts += [self.arch] * (ARCHS[self.arch].pruning != "channels")
+        if ARCHS[self.arch].pruning != "channels":
+            parts.append(self.arch)
         if self.student is not None:
             parts.append(brief(self.student))
         else:
@@ -274,7 +275,7 @@ class Settings:
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name not in NAMED | FREE | EVALUATION and value != usual.get(item.name, item.default):
-                parts.append(f"{item.name}{'=' * isinstance(value, str)}{brief(value)}")
+                parts.append(f"{item.name}{'=' if isinstance(value, str) else ''}{brief(value)}")
         name = "-".join(parts)
         if len(name) > 150:  # a folder's name has its limit
             name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -322,8 +323,9 @@ def once(config: dict[str, Any]) -> dict[str, Any]:
             "halve_group_size": 0, "lift_per": "channel", "sampler": "ddim"}  # fmt: skip
 
 
-# Settings that a run may change without becoming another run: where it is and how it is watched; how it is evaluated.
-FREE = {"out", "device", "log", "log_every", "save_every", "preview_every"}
+# Settings that a run may change without becoming another run: where it is, how it is watched, and fitted into memory;
+# how it is evaluated.
+FREE = {"out", "device", "log", "log_every", "save_every", "preview_every", "accumulate", "compile", "recompute"}
 EVALUATION = {"eval_samples", "sampler", "sample_steps", "eta", "spacing", "clip_x0", "guidance", "vae"}
 NAMED = {"dataset", "arch", "image_size", "student", "prune", "keep", "kd", "seeds"}  # they begin the name of a run
 
@@ -354,9 +356,9 @@ def restored(config: dict[str, Any]) -> Settings:
     return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
-def parse(argv: list[str] | None = None, description: str | None = None) -> Settings:
+def parse(argv: list[str] | None = None) -> Settings:
     """Settings from the command line of train.py; ends the program after --help and the like, and after a mistake."""
-    return parse_command(argv, description)[0]
+    return parse_command(argv)[0]
 
 
 def parse_command(argv: list[str] | None = None, description: str | None = None) -> tuple[Settings, bool]:

@@ -153,8 +153,8 @@ def save_array(file: Path, values: np.ndarray) -> None:
         disk.seal(part)
 
 
-def remedy(file: Path) -> str:
-    return f"remove it and run the command that wrote into {file.parent} again, that completes it"
+def remedy(file: Path, first: str = "remove it and ") -> str:
+    return f"{first}run the command that wrote into {file.parent} again, that completes it"
 
 
 def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) -> np.ndarray:
@@ -167,7 +167,7 @@ def open_array(file: Path, shape: tuple[int, ...] | None, check: bool = True) ->
         if found.shape != (shape or found.shape):
             raise ValueError(f"its shape is {found.shape}, not {shape}")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is missing: {remedy(file).partition('and ')[2]}") from error
+        raise FileNotFoundError(f"{file} is missing: {remedy(file, first='')}") from error
     except OSError:
         raise
     except Exception as error:  # numpy parses what stands before the numbers, which raises almost anything

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import models
 from distil import disk, machine
-from distil.presets import PROCESSES
+from distil.presets import PROCESSES, TEACHERS
 from distil.process import DDPM, RectifiedFlow, process_of
 from distil.text_to_image import HUB_ID, WEIGHTS, WRAPPERS, Diffusers, first_line
 from models import FILES, DiT, Network, UNet, build, check_fit, read_weights
@@ -334,7 +334,7 @@ PUBLIC = {
 }  # fmt: skip
 
 
-def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers") -> Network:
+def public_teacher(dataset: str, cache: str | os.PathLike = TEACHERS) -> Network:
     """The public teacher of a data set of `PUBLIC`, downloaded into `cache` once, by one process; on the CPU, in eval
     mode. ValueError: another data set, a damaged file. OSError: the file cannot be had."""
     public, path, by_hand = find_public(dataset, cache)
@@ -352,7 +352,7 @@ def public_teacher(dataset: str, cache: str | os.PathLike = "runs/teachers") -> 
         raise ValueError(f"{path} is no teacher for {dataset}: {error}") from error
 
 
-def find_public(dataset: str, cache: str | os.PathLike = "runs/teachers") -> tuple[Public, Path, str]:
+def find_public(dataset: str, cache: str | os.PathLike = TEACHERS) -> tuple[Public, Path, str]:
     """The public teacher of a data set, its place in `cache`, and how to get it by hand. ValueError: none is known.
     FileNotFoundError: it is not there, and no program can fetch it."""
     if dataset not in PUBLIC:

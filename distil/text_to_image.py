@@ -51,6 +51,7 @@ class Diffusers(Network):
         self.net, self.null = net, None
         self.config = {name: value for name, value in net.config.items() if not name.startswith("_")}
         self.shape = (self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
+        self.predicts_variance = self.config["out_channels"] == 2 * self.config["in_channels"]
 
     @classmethod
     def of(cls, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> "Diffusers":

@@ -127,10 +127,12 @@ def corrected_path(
 def outputs_at(
     nets: Iterable[nn.Module], process: Process, x0: Tensor, t: float, seed: int = 0, cond: Cond = None
 ) -> list[Tensor]:
-    """Each network's prediction (B, C, *spatial) at the images x0 noised to time t; one noise for all t of a seed."""
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    x_t = process.add_noise(x0, noise, torch.full((len(x0),), t, device=x0.device))
-    return [predict(net, x_t, t, cond) for net in nets]
+    """Each network's prediction (B, C, *spatial) at the images x0 noised to time t; one noise for all t of a seed. The
+    first is a student, whose process it is, the others its teachers."""
+    noise, now = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0), torch.full((len(x0),), t)
+    x_t = process.add_noise(x0, noise, now.to(x0.device))
+    student, *others = nets
+    return [predict(student, x_t, t, cond), *(predict(net, x_t, process.phi(now)[0].item(), cond) for net in others)]
 
 
 def error_by_timestep(

@@ -116,6 +116,10 @@ def test_the_error_by_timestep_adds_up(nets):
     assert found["b1_abs"][1].item() == pytest.approx((line.b1 - 1).abs().mean().item())
     maps = analysis.error_maps(*nets, DDPM(), x0, [0, 500])
     torch.testing.assert_close(maps.mean((1, 2, 3)), found["total"])
+    fold = DDPM().fold(20)  # whose teacher is asked at times of its own
+    maps = analysis.error_maps(*nets, fold, x0, [0, 7])
+    torch.testing.assert_close(maps.mean((1, 2, 3)), analysis.error_by_timestep(*nets, fold, x0, [0, 7])["total"])
+    maps = analysis.error_maps(*nets, DDPM(), x0, [0, 500])
     student, teacher = analysis.outputs_at(nets, DDPM(), x0, 500, seed=1)
     both = analysis.error_maps(*nets, DDPM(), x0, [0, 500], draws=2)
     torch.testing.assert_close(both[1], (maps[1] + (teacher - student).square().mean(1)) / 2)

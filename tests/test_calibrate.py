@@ -1,6 +1,7 @@
 """distil/calibrate.py: the fit finds what was planted, a calibration is kept bit for bit, the command does it all."""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -352,6 +353,15 @@ def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_pa
     assert (tmp_path / "alone" / FILE).is_file()
     shutil.rmtree("runs/teachers")
     assert "the teacher of runs/tiny is not kept here" in refused(calibrate.main, ["runs/tiny"], capsys)
+
+
+def test_a_student_that_may_not_be_written_is_refused_before_the_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a_unet().save("net")
+    monkeypatch.setattr(calibrate, "fit_calibrations", lambda *_, **__: pytest.fail("fitted in vain"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    said = refused(calibrate.main, ["net", "--teacher", "net", "--images", "digits", "--num", "6"], capsys)
+    assert "the calibration belongs into net, which cannot be written" in said
 
 
 def test_a_fold_of_a_fold_is_asked_at_the_times_of_its_teacher(tmp_path, monkeypatch):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, a_unet
+from PIL import Image
 from test_metrics import means
 from test_report import cells
 from test_report import metrics as a_metrics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from distil import data, evaluate, inception, metrics, pictures, report, sample, shards
+from distil import data, evaluate, inception, machine, metrics, pictures, report, sample, shards
 from distil.process import DDPM
 from distil.settings import Settings
 from models import DiT
@@ -265,6 +266,27 @@ def test_two_processes_fill_one_file():
     assert done.stdout.count("| net ") == 1  # only one of them prints
     one, two = (np.load(f"{out}/net/samples.npy").astype(int) for out in ("one", "two"))
     assert abs(one - two).max() <= 1 and (np.load("two/net/done.npy") == 1).all()
+
+
+def test_the_one_process_that_reads_the_real_images_checks_them_all(tmp_path, monkeypatch):
+    for i in range(8):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(shards, "SHARD", 4)
+    monkeypatch.setattr(machine, "rank_and_world", lambda: (0, 2))
+    flags = evaluate.Flags(dataset="folder", data=str(tmp_path), real=8)
+    cache = {*Path(data.CACHE).glob("*")}
+    monkeypatch.setattr(machine.dist, "barrier", lambda: None)
+    assert len(evaluate.open_reference(flags, (3, 8, 8), means).features) == 8
+    (entry,) = (one for one in {*Path(data.CACHE).glob("*")} - cache if one.name.startswith(tmp_path.name))
+    file = entry / "images-00001.npy"
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"images-00001.npy is damaged"):
+        evaluate.open_reference(flags, (3, 8, 8), means)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(SystemExit):
+        evaluate.compare([Path("net")], flags, means)
 
 
 def test_clip_score_of_networks_that_read_text(pipelines, captioned, capsys, monkeypatch):

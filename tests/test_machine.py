@@ -172,10 +172,12 @@ def test_signals_are_only_noted_inside_the_block():
             assert stop.agreed(torch.device("cpu")) == number
         assert signal.getsignal(number) is former
     with machine.Stop() as stop:
-        inside = threading.Thread(target=lambda: machine.Stop().__enter__().__exit__())
+        inside = threading.Thread(target=lambda: machine.Stop().__enter__().__exit__(None))
         inside.start()  # another thread may not touch signals, and does not
         inside.join()
         assert signal.getsignal(signal.SIGINT) == stop.ask
+    with pytest.raises(KeyboardInterrupt), machine.Stop():  # nobody asks any more: it is not lost
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_second_signal_ends_a_process_that_answers_none():

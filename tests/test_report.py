@@ -160,7 +160,7 @@ def test_grid_of_colour_and_of_latents(tmp_path):
 
 def test_curves(tmp_path):
     records = [{"step": 0, "note": "not of a student"}]
-    for method in ("none", "place"):
+    for method in ("none", "place", "of one's own"):
         for step in range(0, 500, 2):
             record = {"step": step, "student": f"{method}-0", "method": method, "seed": 0, "mse": 1 / (step + 1)}
             record["grad_norm"] = math.nan if step == 40 else 10.0

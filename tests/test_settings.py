@@ -92,7 +92,7 @@ def test_a_threshold_that_nothing_read_belongs_to_no_run():
 def test_a_run_is_named_by_what_differs_from_the_preset():
     given = {
         "": "", "--seeds 1 2": "-seeds1.2", "--lr 0.01 --norm-groups scale": "-norm_groups=scale-lr0.01",
-        "--teacher runs/a/student": "-teacher=a.student", "--teacher /x.pth --compile": "-teacher=x-compile",
+        "--teacher runs/a/student": "-teacher=a.student", "--teacher /x.pth --compile": "-teacher=x",
         "--eval-samples 9 --save-every 9 --log tensorboard": "",  # these change no weights
     }  # fmt: skip
     named = {arguments: parse(arguments.split()).out for arguments in given}

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import lift_place
 import models
 import train
-from distil import checks, data, disk, metrics, report, sample, teachers
+from distil import checks, data, disk, doctor, metrics, report, sample, teachers
 from distil import students as students_file
 from distil.batches import Batch
 from distil.fast_loss import place
@@ -259,6 +259,30 @@ def test_a_run_does_not_go_on_under_another_teacher(tmp_path, capsys, monkeypatc
     assert "it has learned from a teacher with other weights: bring that back" in capsys.readouterr().err
     a_unet().save("net")
     assert train.main(parse(command)) == 0
+    assert doctor.open_case(Path("runs/a"), sample.Flags()).students
+    a_unet(1).save("net")
+    with pytest.raises(ValueError, match="runs/a learned from a teacher with other weights: name it with --teacher"):
+        doctor.open_case(Path("runs/a"), sample.Flags())
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_run_goes_on_where_its_images_have_moved_and_in_less_memory(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_unet(channels=3).save("net")
+    Path("here").mkdir()
+    for i in range(9):
+        Image.new("RGB", (8, 8), (20 * i, 90, 9)).save(f"here/{i}.png")
+    command = [*TINY[len(TEACHER) :], *SAVED, "--teacher", "net", "--kd", "out", "--out", "runs/a"]
+    with interrupted(at=3):
+        train.main(parse([*command, "--data", "here"]))
+    shutil.copytree("here", "there")
+    moved = [*command, "--data", "there", "--accumulate", "2"]
+    assert train.main(parse(moved)) == 0 and "resumed at step" in capsys.readouterr().out
+    assert train.main(parse(moved)) == 0 and "this run is finished" in capsys.readouterr().out
+    Image.new("RGB", (8, 8)).save("there/0.png")
+    with pytest.raises(SystemExit):
+        train.main(parse(moved))
+    assert "the data has changed since runs/a/checkpoint.pt was written" in capsys.readouterr().err
 
 
 def test_celeba_at_full_size_from_a_ddim_checkpoint(tmp_path, monkeypatch):
@@ -628,8 +652,10 @@ def test_ctrl_c_saves_the_step_that_was_reached_and_the_same_command_goes_on(cap
     assert "runs/stopped: stopped and saved; the same command goes on" in capsys.readouterr().out
     assert torch.load("runs/stopped/checkpoint.pt", weights_only=True)["step"] == 3
     assert not Path("runs/stopped/student").exists()
+    Path("runs/stopped/.checkpoint.pt.elsewhere-1.part").touch()  # a kill on another machine left it
     run(*arguments, "--out", "runs/stopped")
     assert same("stopped/student", "unstopped/student") and log("stopped") == log("unstopped")
+    assert not list(Path("runs/stopped").glob(".checkpoint*"))
 
 
 @pytest.mark.usefixtures("_quick")
@@ -656,6 +682,30 @@ def test_two_processes_train_what_one_trains_and_resume_what_one_began(processes
     one, two = ([r["w"] for r in log(name) if r["student"] == "place-0"] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # one weight for the whole batch
     assert len(log("two")) == len(log("one")) and log("fold-two")[0]["step"] == 2
+
+
+@pytest.mark.usefixtures("_quick")
+def test_two_processes_train_their_teacher_first(processes):
+    few = ["--teacher-steps", "2", "--teacher-lr", "4e-4", "--steps", "1", "--kd", "out", "--out", "runs/with-teacher"]
+    assert as_two(processes, [few]) == [0, 0]
+    assert log("with-teacher") and Path(teacher_settings(parse([*TINY, *few])).out, "teacher").exists()
+
+
+@pytest.mark.usefixtures("_quick")
+def test_processes_that_do_not_find_the_same_run_are_refused(processes, tmp_path, monkeypatch):
+    """As with folders of their own on each machine: one finds a checkpoint, the other one none."""
+    a_unet().save(tmp_path / "net")
+    command = ["--teacher", str(tmp_path / "net"), "--kd", "out", "--prune", "0", *SAVED, "--out", "runs/apart"]
+    with interrupted(at=3):
+        run(*command)
+    ports, both = free_ports(1), []
+    for rank in (0, 1):
+        both.append(processes([command], rank=rank, ports=ports))
+        monkeypatch.chdir(tmp_path)
+    for process in both:
+        process.join(120)
+    monkeypatch.undo()
+    assert [process.exitcode for process in both] == [2, 2] and not Path(tmp_path / "runs/apart/config.json").exists()
 
 
 @pytest.mark.usefixtures("_quick")
@@ -1006,6 +1056,9 @@ REFUSED = [
     ("--schedule learned --fsdp", "--schedule learned does not go with --fsdp"),
     ("--recompute", "--recompute is for --arch sd and mmdit", "--accumulate"),
     ("--head neck", "--head neck", "choose from statistics"),
+    ("--student train", "train is not a saved network: there is no such folder"),
+    ("--teacher {twice} --fold-steps 5 --sample-steps 5", "--fold-steps takes a teacher that predicts no variance"),
+    ("--teacher {twice} --process flow", "predicts a variance"),
     ("--arch sd --dataset latents --data x --head statistics", "--head is for --arch unet and dit: leave it out"),
     ("--arch dit --norm-groups scale", "--norm-groups is of a U-Net that loses channels", "leave it out"),
     ("--keep 0,2", "--keep is of a transformer that loses blocks", "--arch dit", "leave it out"),
@@ -1093,6 +1146,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     nets = {"rgb": models.UNet(16, 3, **SMALL), "dit": models.DiT(8, 2, 1, 8, 1, 2, num_classes=3)}
     nets |= {"usual": models.UNet(8, 1, **SMALL), "sd": models.UNet(8, 1, **SMALL), "fold": models.UNet(8, 1, **SMALL)}
     nets["sd"].process, nets["fold"].process = {"name": "sd"}, {"fold": [0, 200, 400, 600, 800]}
+    nets |= {"twice": models.UNet(8, 1, 2, **SMALL)}
     nets |= {"more": models.UNet(8, 1, **SMALL | {"num_res_blocks": 2})}
     nets |= {"level": models.UNet(8, 1, **SMALL | {"channel_mults": (1, 2, 2)})}
     nets |= {name: models.DiT(8, 2, 1, 8, 1, 2, **more) for name, more in DITS.items()}
@@ -1111,7 +1165,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
 
 # of these a dry run says what is missing, or does not look for the library or the processes
 UNSEEN = ("--vae x", "--log wandb", "--fsdp", "--teacher /nowhere", "nope.pth", "--dataset lsun_church",
-          "--dataset imagenet", "--data x")  # fmt: skip
+          "--dataset imagenet", "--data x", "--student train")  # fmt: skip
 
 
 def test_a_dry_run_holds_a_teacher_against_a_folder_of_which_it_reads_no_image(networks, tmp_path, monkeypatch, capsys):
