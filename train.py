@@ -317,7 +317,7 @@ def train(
                 record["lr"] = student.optimizer.param_groups[0]["lr"]
                 record |= dict(zip(found, values, strict=True)) | {"skipped": at + 1 - student.updates}
                 log(record)
-                keys = ["loss", "coarse", "w"] + ["skipped"] * (record["skipped"] > 0)
+                keys = ["loss", "coarse", "w", *(["skipped"] if record["skipped"] else [])]
                 shown = [f"{key} {record[key]:.3g}" for key in keys if key in record]
                 bar.set_postfix_str(f"{student.name}: {', '.join(shown)}", refresh=False)
                 if student in diverged:
@@ -370,8 +370,8 @@ def save_students(settings: Settings, nets: dict[str, Network]) -> list[Path]:
     """Writes student/, or where there are several student/NAME. Returns the folders."""
     folder = Path(settings.out) / "student"
     folders = [folder / name for name in nets] if len(nets) > 1 else [folder]
-    for place, net in zip(folders, nets.values(), strict=True):
-        net.save(place)
+    for where, net in zip(folders, nets.values(), strict=True):
+        net.save(where)
     return folders
 
 
@@ -523,8 +523,8 @@ def distil(run: Run) -> dict[str, Any] | None:
         for student, row in zip(students, metrics["students"], strict=True):
             if student.stopped is not None:
                 row["stopped"] = student.stopped
-        for place in dict.fromkeys((folder, folder / "student", *folders)):
-            report.card(place, metrics)
+        for where in dict.fromkeys((folder, folder / "student", *folders)):
+            report.card(where, metrics)
         disk.write_json(folder / "metrics.json", metrics)
         announce(metrics, folder)
         return metrics
