@@ -53,6 +53,7 @@ class Network(nn.Module):
     blocks: Sequence[nn.Module]  # equal parts, of which some may be left out; () without
     width: int | None = None  # of a token, where it has blocks
     kept: list[int] | None = None  # of a network that `prune_depth` made: which blocks of the other one these are
+    can_head: bool = False  # it takes a `StatisticsHead`
     source: str | None = None  # its class, if it is a network of diffusers
 
     def __init__(self):
@@ -154,7 +155,7 @@ class Network(nn.Module):
 
     def set_head(self, head: str | None) -> None:
         """Gives it a new head, "statistics" (`StatisticsHead`), which starts as the identity, or takes it away."""
-        if "head" not in self.config or head not in (None, "statistics"):
+        if not self.can_head or head not in (None, "statistics"):
             raise ValueError(f'a head is "statistics" or None, of a UNet or a DiT: {head!r} on a {type(self).__name__}')
         self.config["head"] = head
         self.head = None if head is None else StatisticsHead(self.shape[0]).to(next(self.parameters()).device)
@@ -311,7 +312,7 @@ class UNet(Network):
     LSUN 256 `UNet(256, channel_mults=(1, 1, 2, 2, 4, 4))`. ValueError for sizes that do not fit together.
     """
 
-    arch, blocks = "unet", ()
+    arch, blocks, can_head = "unet", (), True
 
     def __init__(
         self, image_size: int, in_channels: int = 3, out_channels: int | None = None, channels: int = 128,
@@ -545,7 +546,7 @@ class DiT(Network):
     The default is DiT-XL/2 for 256x256 images. ValueError for sizes that do not fit together.
     """
 
-    arch, pruning = "dit", "blocks"
+    arch, pruning, can_head = "dit", "blocks", True
 
     def __init__(
         self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,

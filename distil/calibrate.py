@@ -28,7 +28,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from distil import disk, machine, teachers
+from distil import disk, machine, report, teachers
 from distil.process import Process, split
 from models import Network, correct, fingerprint, sealed, statistics
 
@@ -214,7 +214,7 @@ def equations(x_t: Tensor, e_s: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from distil import doctor, report
+    from distil import doctor  # which stands on this file
 
     case, flags = doctor.opened("distil.calibrate", __doc__, argv, num=300)
     with machine.refusing("distil.calibrate"):

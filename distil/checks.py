@@ -94,7 +94,7 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
     if source.pruning == "channels" and source.source is not None and student is None:  # some cannot be pruned
         prune_channels(copy.deepcopy(source).to("meta"), settings.prune, "random", settings.norm_groups)
     net = student or source
-    if settings.head is not None and "head" not in net.config:
+    if settings.head is not None and not net.can_head:
         whose = "the student is" if student is not None else "the students are"
         raise ValueError(f"--head is of networks of our own, but {whose} of {net.source}: leave it out")
     if student is not None:

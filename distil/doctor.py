@@ -219,7 +219,7 @@ def remedies(name: str, calibration: Calibration, case: Case) -> list[Way]:
     """The student with each of `REMEDIES`; without clamping where its process, or what its samples are, has none."""
     net, process = case.students[name], case.sampler["process"]
     ways = [("as it is", net, None), ("calibrated", Calibrated(net, calibration), None)]
-    if case.sampler["vae"] is None and process.sampler == "DDIM":
+    if case.sampler["vae"] is None and process.can_clip and not process.clip_x0:
         ways += [("clamped", net, case.clamped), ("calibrated, clamped", ways[1][1], case.clamped)]
     return [Way(f"{name}, {remedy}", one, {"method": remedy}, how) for remedy, one, how in ways]
 
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
         print(f"\n{report.table([teacher, *its])}\n")
         distances, where = {row["method"]: row["teacher_mse"] for row in its}, shlex.quote(str(case.folders[name]))
-        print(advice(f"{where}{case.again}", distances, lonely, "head" in net.config))
+        print(advice(f"{where}{case.again}", distances, lonely, net.can_head))
     return 0
 
 

@@ -112,6 +112,9 @@ SIZES: dict[str, list[tuple[bool, float, dict[str, Any]]]] = {  # by data set: (
 }
 OPEN = ("image_size", "channels", "batch_size", "teacher_steps", "steps", "lr", "teacher_lr", "decay", "warmup", "ema",
         "dropout", "importance", "eval_samples")  # fmt: skip
+# What the config.json of a run says of its sampler, and the value where neither a flag nor a run says anything.
+SAMPLER = {"sampler": "ddim", "sample_steps": None, "eta": 0.0, "spacing": "leading", "clip_x0": False, "guidance": 1.0,
+           "process": "ddpm", "vae": None, "teacher": None}  # fmt: skip
 TEACHERS = "runs/teachers"  # where those are kept that were trained here, or fetched
 SHAPE = {"channel_mults", "num_res_blocks", "teacher_norm_groups"}  # these go with `channels`
 

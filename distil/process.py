@@ -44,7 +44,8 @@ class Process:
     latest: float  # the noisiest time
     clean: float  # the time of the clean image, where a sampler ends
     whole_t: bool  # times are integers
-    clip_x0: bool = False  # a sampler clamps the predicted image at every step
+    can_clip: bool = False  # its sampler may clamp the predicted image at every step
+    clip_x0: bool = False  # and does
 
     def fold(self, steps: int | Sequence[int], end: str = "published") -> "Process":
         """The process of a student of fewer steps, see `DDPM.fold`; ValueError for what cannot be folded."""
@@ -212,7 +213,7 @@ class DDPM(Process):
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"DDPM needs 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
         self.spacing, self.prediction, self.clip_x0, self.pairs = spacing, prediction, clip_x0, timesteps != "uniform"
-        self.sampler = "DDIM with clipped x0" if clip_x0 else "DDIM"
+        self.sampler, self.can_clip = "DDIM with clipped x0" if clip_x0 else "DDIM", True
         self.betas = SCHEDULES[schedule](steps, beta_start, beta_end).float()  # (T,)
         self.alpha_bar = (1 - self.betas).cumprod(0)  # (T,), the product in float32 as in the published models
         self.steps, self.index = steps, torch.arange(steps)
@@ -383,7 +384,7 @@ class PNDM(DDPM):
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
-        self.sampler = "PNDM"
+        self.sampler, self.can_clip = "PNDM", False
         if self.prediction == "x0":
             raise ValueError("PNDM samples networks that predict noise or v, not x0: use DDIM")
         self._scheduler(2)  # refuses where diffusers is missing
@@ -507,7 +508,7 @@ def check_name(what: str, net: nn.Module, name: str) -> None:
 def check_sampler(process: Process, steps: int, eta: float = 0.0) -> None:
     """ValueError for steps or an eta that the sampler does not have, or for one step from where nothing is noise."""
     process.check_eta(eta)
-    if process.timesteps(steps)[0] == 0 < process.latest:
+    if process.latest > 0 and process.timesteps(steps)[0] == 0:
         raise ValueError("one step begins at t = 0, where nothing is noise: use more steps")
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from distil import data, disk, machine
 from distil.command import flag
 from distil.metrics import SCORES, DigitClassifier
-from distil.presets import ARCHS, folded_to
-from distil.sample import SAMPLER
+from distil.presets import ARCHS, SAMPLER, folded_to
 from distil.settings import Settings
 from distil.teachers import PUBLIC, export_snippet
 from distil.text_to_image import HUB_ID

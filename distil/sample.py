@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from distil import calibrate, data, disk, machine, pictures, shards, teachers
+from distil import calibrate, data, disk, machine, pictures, report, shards, teachers
 from distil.command import SEED, Parser, check_fields, flag, option
-from distil.presets import PROCESSES, SAMPLERS, SPACINGS
+from distil.presets import PROCESSES, SAMPLER, SAMPLERS, SPACINGS
 from distil.process import Guided, Process, check_clip, check_guidance, check_name, check_sampler, process_of
 from distil.text_to_image import TextEncoder, Vae
 from models import Network, fingerprint
@@ -181,9 +181,6 @@ def fill(images: np.ndarray, done: np.ndarray, net: Network, process: Process, *
 
 # ---- What this command and evaluate's share: flags, networks, prompts ------------------------------------------------
 
-# What the config.json of a run says of its sampler, and the value where neither a flag nor a run says anything.
-SAMPLER = {"sampler": "ddim", "sample_steps": None, "eta": 0.0, "spacing": "leading", "clip_x0": False, "guidance": 1.0,
-           "process": "ddpm", "vae": None, "teacher": None}  # fmt: skip
 ASKED_FOR = ("vae", "teacher")  # where runs differ in these, `prepare` asks for them if they are needed
 
 
@@ -194,7 +191,7 @@ class Flags:
     num: int | None = option(None, "images of each network; 16, calibrate 300, doctor 64; or one a prompt", int, low=1)
     seed: int = option(0, "of the starting noise", int, **SEED)
     sampler: str | None = option(None, "DDIM or diffusers' PNDM; as the run's", choices=SAMPLERS)
-    sample_steps: int | None = option(None, "its steps; as the run's, else 100 or all that there are", int, low=1)
+    sample_steps: int | None = option(None, "its steps; as the run's, else 100 or all", int, low=1, high=1024)
     eta: float | None = option(None, "DDIM eta, 0 deterministic, 1 ancestral; as the run's", float, low=0, high=1)
     spacing: str | None = option(None, "of the timesteps; as the run's", choices=SPACINGS)
     clip_x0: bool | None = option(None, "clamp the predicted image at every step; as the run did", bool)
@@ -395,8 +392,6 @@ def prepare(runs: Sequence[Path], flags: Flags) -> Job:
 def draw(job: Job, out: Path) -> None:
     """Writes all images of a job into `out`, and a picture of some."""
     from PIL import Image
-
-    from distil import report
 
     shown: dict[str, list[Tensor]] = {}
     for name, net in job.nets.items():
