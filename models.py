@@ -324,7 +324,7 @@ class UNet(Network):
         out_channels = in_channels if out_channels is None else out_channels
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.config, self.levels = config, len(channel_mults)
+        self.config, self.levels, self.predicts_variance = config, len(channel_mults), out_channels == 2 * in_channels
         if not channel_mults or min(image_size, in_channels, out_channels, num_res_blocks, *channel_mults) < 1:
             raise ValueError("image_size, in_channels, out_channels, num_res_blocks and channel_mults must be positive")
         if channels < 4:
@@ -372,7 +372,6 @@ class UNet(Network):
                 self.up[0].upsample.conv = nn.Conv2d(width, width, 3, padding=1)
         self.norm_out = nn.GroupNorm(1, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        self.predicts_variance = out_channels == 2 * in_channels
         self.set_norm_groups(norm_groups)
         self.set_head(head)
 

@@ -89,13 +89,13 @@ def resolve(settings: Settings, name: str) -> Method:
         return l1_loss(a.float(), b.float()) * (elements if total else 1)
 
     def lift(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
-        parts = fast_loss.lift(student, teacher, per=settings.lift_per, weight=w, **constants)
-        return parts.loss, parts
+        lines = fast_loss.lift(student, teacher, per=settings.lift_per, weight=w, **constants)
+        return lines.loss, lines
 
     def place(student: Tensor, teacher: Tensor, w: Any, at: int) -> tuple[Tensor, Distillation]:
         k = settings.group_size >> part_of(settings.halve_group_size + 1, at)  # halved after each
-        parts = fast_loss.place(student, teacher, group_size=k, weight=w, **constants)
-        return parts.loss, parts
+        lines = fast_loss.place(student, teacher, group_size=k, weight=w, **constants)
+        return lines.loss, lines
 
     def features(student: list[Tensor], teacher: list[Tensor], elements: int) -> Tensor:
         if folded:  # SFDDM weighs the means of the output and of the last feature alike
@@ -143,18 +143,18 @@ def objective(
     Returns:
         the loss, (), and the parts of LIFT or PLACE where the method has them.
     """
-    (output, features), parts = student, None
+    (output, features), lines = student, None
     loss = method.lambda_diff * diffusion_loss(method, process, batch, output)
     if method.output is not None:
         prediction, variance = split(output, batch.x_t.shape[1])
         teacher_prediction, _ = split(teacher[0], batch.x_t.shape[1])
-        kd, parts = method.output(prediction, teacher_prediction, w, step)
+        kd, lines = method.output(prediction, teacher_prediction, w, step)
         if variance is not None:
             kd = kd + process.bound(output, batch.x0, batch.x_t, batch.t, teacher[0])
         loss = loss + method.lambda_out * kd
     if method.features is not None:
         loss = loss + method.lambda_feat(step) * method.features(features, teacher[1], batch.x_t[0].numel())
-    return loss, parts
+    return loss, lines
 
 
 def diffusion_loss(method: Method, process: Process, batch: Batch, output: Tensor) -> Tensor:
@@ -276,13 +276,13 @@ def lr_factor(settings: Settings, at: int) -> float:
 
 @torch.no_grad()
 def diagnose(
-    method: Method, batch: Batch, output: Tensor, teacher_output: Tensor, parts: Distillation | None, at: int
+    method: Method, batch: Batch, output: Tensor, teacher_output: Tensor, lines: Distillation | None, at: int
 ) -> dict[str, Tensor]:
     """What a log line says of a student beside its loss: the parts of its own LIFT or PLACE, else those of PLACE."""
     (output, _), (teacher_output, _) = (split(x, batch.x_t.shape[1]) for x in (output, teacher_output))
-    parts = parts or method.watch(output, teacher_output, None, at)[1]
-    lines = {"b0": parts.b0.mean(), "b1": parts.b1.mean(), "mse": mse_loss(output.float(), teacher_output.float())}
-    return {"coarse": parts.coarse, "fine": parts.fine, "w": parts.weight, **lines}
+    lines = lines or method.watch(output, teacher_output, None, at)[1]
+    more = {"b0": lines.b0.mean(), "b1": lines.b1.mean(), "mse": mse_loss(output.float(), teacher_output.float())}
+    return {"coarse": lines.coarse, "fine": lines.fine, "w": lines.weight, **more}
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def train(
 def stop_learning(student: Student, record: dict[str, Any]) -> None:
     """The student keeps its last finite weights from here on; `record`, a line of the log, says why."""
     student.stopped = record["step"]
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in record.items() if isinstance(value, float))
-    why = f"{student.patience} steps in a row were not finite ({parts}). It keeps its last finite weights"
+    numbers = ", ".join(f"{name} {value:.3g}" for name, value in record.items() if isinstance(value, float))
+    why = f"{student.patience} steps in a row were not finite ({numbers}). It keeps its last finite weights"
     remedy = "a smaller --lr would help, or with --teacher of this one a longer --warmup, --clip 1, --precision fp32"
     machine.note(f"{student.name} stopped before step {student.stopped}: {why}; {remedy}")
 
