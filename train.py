@@ -51,7 +51,7 @@ from models import Network, fingerprint
 # ---- The objective ---------------------------------------------------------------------------------------------------
 
 Output = tuple[Tensor, list[Tensor]]  # of a network: (B, C or 2 C, H, W), and its features, (B, ...) each
-Distance = Callable[[Tensor, Tensor, Any, int], tuple[Tensor, Distillation | None]]  # (e_S, e_T, w, step) -> (), parts
+Distance = Callable[[Tensor, Tensor, Any, int], tuple[Tensor, Distillation | None]]  # (e_S, e_T, w, step) -> (), lines
 
 
 class Method(NamedTuple):
@@ -61,7 +61,7 @@ class Method(NamedTuple):
     data: Callable[[Tensor, Tensor], Tensor]  # (prediction, target) -> the diffusion loss, ()
     output: Distance | None  # between the predictions of student and teacher
     features: Callable[[list[Tensor], list[Tensor], int], Tensor] | None  # between theirs; C H W of the output -> ()
-    watch: Distance  # LIFT or PLACE: the parts that are logged
+    watch: Distance  # LIFT or PLACE: the lines that are logged
     lambda_diff: float
     lambda_out: float
     lambda_feat: Callable[[int], float]  # at a step
@@ -141,7 +141,7 @@ def objective(
         w: what `place` takes as its weight.
 
     Returns:
-        the loss, (), and the parts of LIFT or PLACE where the method has them.
+        the loss, (), and the lines of LIFT or PLACE where the method has them.
     """
     (output, features), lines = student, None
     loss = method.lambda_diff * diffusion_loss(method, process, batch, output)
@@ -180,7 +180,7 @@ def step(
         watched: whether the numbers that are returned are to say how far each student is from the teacher.
 
     Returns:
-        of each student the loss, the norm of the gradient, and, if watched, the parts of LIFT or PLACE: () each.
+        of each student the loss, the norm of the gradient, and, if watched, what `diagnose` says: () each.
     """
     half, n = autocast(settings, batch.x_t.device), len(batch.t)
     frozen = autocast(settings, batch.x_t.device, frozen=True)
@@ -278,7 +278,7 @@ def lr_factor(settings: Settings, at: int) -> float:
 def diagnose(
     method: Method, batch: Batch, output: Tensor, teacher_output: Tensor, lines: Distillation | None, at: int
 ) -> dict[str, Tensor]:
-    """What a log line says of a student beside its loss: the parts of its own LIFT or PLACE, else those of PLACE."""
+    """What a log line says of a student beside its loss: what its own LIFT or PLACE has found, else PLACE would."""
     (output, _), (teacher_output, _) = (split(x, batch.x_t.shape[1]) for x in (output, teacher_output))
     lines = lines or method.watch(output, teacher_output, None, at)[1]
     more = {"b0": lines.b0.mean(), "b1": lines.b1.mean(), "mse": mse_loss(output.float(), teacher_output.float())}
