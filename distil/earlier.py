@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,11 @@ def read_metrics(settings: Settings, folder: Path, same_data: bool = False) -> d
     return metrics if all(former[name] == now[name] for name in EVALUATION) else None
 
 
-def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path, also_free: set[str]) -> None:
+def refuse_other_settings(settings: Settings, former: dict[str, Any], path: Path, also: Set[str] = frozenset()) -> None:
     """ValueError that names the settings in which the run at `path` differs, where they make it another run."""
     chosen = {"taylor_batch": settings.taylor_batch}  # long ago: a checkpoint brings its own channels
     now, former = plain(settings), plain(restored({**chosen, **former}))
-    free = FREE | EVALUATION | settings.unused | also_free
+    free = FREE | EVALUATION | settings.unused | also
     differ = [name for name in now if name not in free and now[name] != former[name]]
     if differ:
         changes = ", ".join(f"{flag(name)} was {former[name]}, is {now[name]}" for name in differ)

@@ -1,7 +1,9 @@
 """The study of image sizes in small: from images of digits to results, tables and figures."""
 
 import functools
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +103,19 @@ def test_the_study_of_losses_trains_each_once_and_prints_as_a_run_does(small, mo
     assert evaluate.main(["losses-8-0.9-scale"]) == 0
     shown = re.findall(r"^\| (.+?) +\|", capsys.readouterr().out, re.MULTILINE)
     assert sorted(shown) == ["method", "none", "one line", "out", "out+feat", "teacher", "w cosine"]
+
+
+def test_the_study_of_the_capacity_gap_has_students_of_each_teacher(small, monkeypatch, capsys):
+    monkeypatch.setattr(losses, "SHARES", (0.5,))
+    assert losses.main(["8", "--seeds", "1", "2", "--gap"]) == 0
+    run = json.loads(Path("gap-8-0.9-scale/metrics.json").read_text())
+    found = [(row["method"], row["seed"]) for row in run["students"]]
+    of = [
+        (f"{loss}, from {name}", seed)
+        for name in ("the teacher", "50% pruned")
+        for seed in (1, 2)
+        for loss in losses.GAP
+    ]
+    assert sorted(found) == sorted([*of, ("50% pruned", 0)])
+    sizes = {row["method"]: row["parameters"] for row in run["students"]}
+    assert sizes["out, from the teacher"] == sizes["place, from 50% pruned"] < sizes["50% pruned"]
