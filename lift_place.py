@@ -169,9 +169,7 @@ def weigh(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(w, str):
         raise ValueError(f"weight must be a number or a function, not {w!r}: schedule({w!r}, step, total) gives one")
     w = w(x.detach()) if callable(w) else w
-    w = (
-        x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)
-    )  # the copy of a number would wait for a GPU
+    w = x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)  # a number's copy waits for a GPU
     if w.numel() != 1:
         raise ValueError(
             f"weight must be a number or hold one element, not {tuple(w.shape)}: one w for the whole batch"

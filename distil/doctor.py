@@ -21,22 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distil import (
-    calibrate,
-    checks,
-    data,
-    earlier,
-    machine,
-    metrics,
-    networks,
-    prepare,
-    report,
-    sample,
-    shards,
-    teachers,
-)
+from distil import calibrate, checks, data, machine, metrics, networks, prepare, report, sample, shards, teachers
 from distil.calibrate import Calibrated, Calibration
 from distil.command import Parser
+from distil.earlier import open_checkpoint
 from distil.fast_loss import lift
 from distil.process import Process, check_guidance, process_of, split
 from distil.settings import Settings, restored
@@ -152,7 +140,7 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
 def check_taught(run: Path, teacher: Network) -> None:
     """ValueError where the checkpoint of the run says that its students learned from a teacher with other weights."""
     if (path := run / "checkpoint.pt").exists():
-        taught = {state.get("teacher") for state in earlier.open_checkpoint(path)["students"].values()}
+        taught = {state.get("teacher") for state in open_checkpoint(path)["students"].values()}
         if taught - {None, fingerprint(teacher.state_dict().values())}:
             raise ValueError(f"the students of {run} learned from a teacher with other weights: name it with --teacher")
 
