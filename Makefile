@@ -1,18 +1,23 @@
-# `make demo` and `make test`, each with what it needs in .venv. `make notebooks` executes the notebooks at full size,
-# `make test-floor` runs the suite with the lowest versions that are promised, in .venv-floor.
+# `make demo` and `make test`, each with what it needs in .venv. `make test-slow` runs the tests that take longest,
+# `make test-floor` all of them with the lowest versions that are promised, in .venv-floor. `make notebooks` executes the
+# notebooks at full size.
 PYTHON ?= python3
 CPU_BUILDS := https://download.pytorch.org/whl/cpu
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-floor notebooks address
+.PHONY: demo test test-slow test-floor notebooks address
 
 demo: .venv/demo
 	.venv/bin/python train.py --channels 48 --kd none out lift place --lambda-feat 0 --steps 1200 --eval-samples 1000 --out runs/demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	.venv/bin/python $(PYTEST)
+
+test-slow: .venv/installed
+	.venv/bin/python $(PYTEST) -m slow
 
 test-floor: .venv-floor/installed
-	.venv-floor/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	.venv-floor/bin/python $(PYTEST) -m "not soak"
 
 notebooks: .venv/installed
 	rm -rf notebooks/runs

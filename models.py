@@ -392,8 +392,10 @@ class UNet(Network):
         return regroup(self, group_widths(self))
 
     def with_groups(self, groups: dict[str, int]) -> "UNet":
-        common = groups if len({*groups.values()}) > 1 else max(groups.values())  # one number if all have it
-        return self.like({**self.config, "norm_groups": common}, self.state_dict())
+        net = copy.deepcopy(self).requires_grad_(True)
+        net.set_norm_groups(groups if len({*groups.values()}) > 1 else max(groups.values()))  # one for all
+        net.check_widths()
+        return net
 
     @classmethod
     def empty(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "UNet":

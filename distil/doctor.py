@@ -8,7 +8,6 @@ line for each image and channel explains; what the sampler makes of the first er
 samples; and one line of advice. Writes nothing but `runs/cache`.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -160,8 +159,7 @@ def folded(own: Process, teacher: Network, its: Process, student: Network) -> Pr
 
 def run_settings(folder: Path) -> Settings | None:
     """The settings of that run."""
-    run = sample.run_of(folder)
-    return None if run is None else restored(json.loads((run / "config.json").read_text("utf-8")))
+    return next((restored(config) for config in sample.runs_of([folder]).values()), None)
 
 
 # ---- What is wrong ---------------------------------------------------------------------------------------------------

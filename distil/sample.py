@@ -8,7 +8,6 @@
 Image i of a seed starts from the same noise in every network, so images of two networks can be compared one by one.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -236,16 +235,16 @@ def run_of(folder: Path) -> Path | None:
     return None
 
 
-def runs_of(folders: Iterable[Path]) -> set[Path]:
-    """The runs that these folders belong to."""
-    return {run for run in map(run_of, folders) if run is not None}
+def runs_of(folders: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """{run: its settings, as config.json has them} of the runs that these folders belong to."""
+    runs = {run for run in map(run_of, folders) if run is not None}
+    return {run: disk.read_json(run / "config.json", "bring it back") for run in runs}
 
 
 def sampler_of(folders: Sequence[Path], flags: Flags) -> Flags:
     """The flags with all that was not given filled in: as the runs that these folders belong to sampled, else by
     SAMPLER. ValueError if the runs did it differently, for then images of their networks could not be compared."""
-    runs = runs_of(folders)
-    configs, found = [json.loads((run / "config.json").read_text("utf-8")) for run in runs], {}
+    configs, found = runs_of(folders).values(), {}
     for name in [name for name in SAMPLER if getattr(flags, name) is None]:
         values = {SAMPLER[name] if config.get(name) is None else config[name] for config in configs} or {SAMPLER[name]}
         if len(values) > 1 and name not in ASKED_FOR:
@@ -309,16 +308,16 @@ def open_text(flags: Flags, device: torch.device) -> tuple[list[str], TextEncode
 
 def check_runs(folders: Sequence[Path], out: str) -> None:
     """ValueError where `out` lies among the images that a run has seen; a word on runs that are not finished."""
-    for run in runs_of(folders):
-        pictures.check_apart("--out", out, disk.read_json(run / "config.json", "bring it back").get("data"))
+    for run, config in runs_of(folders).items():
+        pictures.check_apart("--out", out, config.get("data"))
         if not (run / "metrics.json").exists() and machine.rank_and_world()[0] == 0:
             machine.note(f"{run} is not finished: its students are previews, of an earlier step")
 
 
 def check_text(folders: Sequence[Path], text: TextEncoder) -> None:
     """ValueError where networks have learned from the embeddings of other encoders, as their data says."""
-    for run in runs_of(folders):
-        record = Path(disk.read_json(run / "config.json", "bring it back").get("data") or "", data.RECORD)
+    for run, config in runs_of(folders).items():
+        record = Path(config.get("data") or "", data.RECORD)
         theirs = disk.read_json(record, "bring it back").get("text_encoders") if record.is_file() else None
         if theirs and theirs != text.record["text_encoders"]:
             change = "give" if "text_encoder_3" in text.record["text_encoders"] else "leave out"

@@ -15,6 +15,7 @@ from models import UNet
 SMALL = ["--quick", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_an_unattended_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "METHODS", ("none", "place"))

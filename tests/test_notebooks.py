@@ -57,6 +57,7 @@ def outside(clone):
     return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
+@pytest.mark.slow
 @each
 def test_a_notebook_runs_from_top_to_bottom_and_changes_nothing_outside_its_folder(name, clone, kernel, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_SIZE", "tiny")

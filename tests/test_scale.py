@@ -50,6 +50,7 @@ def test_sizes_that_cannot_be_are_one_sentence_and_nothing_is_written(tmp_path, 
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_the_study_of_sizes_from_images_to_figures(small, capsys):
     assert scale.main(["8", "16", "--seeds", "0", "1", "--figures"]) == 0
     found = scale.results()

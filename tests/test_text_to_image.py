@@ -389,6 +389,7 @@ def trained(arguments: list[str]) -> int:
     return train.main(parse(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_captioned_images_to_a_student_inside_the_pipeline(
     family, pipelines, latents, tmp_path, capsys, monkeypatch
@@ -485,6 +486,7 @@ def test_the_clip_score_is_the_mean_cosine_of_pairs(tmp_path):
         text_to_image.ClipScore(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(pipelines, latents, tmp_path):
     """By DDP and by FSDP, over gloo: a student as near to that of one process as sums in another order can be. Under
     FSDP one that was stopped goes on bit for bit."""
