@@ -1,12 +1,18 @@
-"""What a step shows to teacher and students alike: images, noise, times, conditions, all functions of (seed, step)."""
+"""Which images a step sees, and what it shows of them to teacher and students alike: noise, times, conditions, all
+functions of (seed, step)."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +21,8 @@ from distil.machine import hash_seed, rank_and_world
 from distil.process import Process
 from distil.settings import Settings
 from models import Network
+
+WORKERS = 2  # threads that fetch batches; twice as many batches wait in memory
 
 
 class Batch(NamedTuple):
@@ -36,6 +44,48 @@ class Batch(NamedTuple):
         return {first: self.part(slice(first, end)) for first, end in pieces}
 
 
+def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:
+    """Which of `n` images step `step` sees: (batch,) int64, of independent permutations, one per (seed, epoch), laid
+    end to end and cut into batches, which may exceed n. ValueError: n or batch below 1, step or seed below 0."""
+    if n < 1 or batch < 1 or step < 0 or seed < 0:
+        raise ValueError(f"batch_indices needs n, batch >= 1 and step, seed >= 0, got {n=}, {batch=}, {step=}, {seed=}")
+    first, stop = step * batch, (step + 1) * batch
+    epochs = range(first // n, (stop - 1) // n + 1)
+    parts = [_permutation(n, seed, epoch)[max(first - epoch * n, 0) : stop - epoch * n] for epoch in epochs]
+    return np.concatenate(parts)
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def fetched(
+    images: data.Images, batch: int, seed: int, start: int = 0, *, rows: slice = slice(None), pin: bool = False
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Images, (B, C, H, W) uint8 or (B, 2, C, H, W) float32, and their `conditions`, by the `batch_indices` of steps
+    start, start + 1, ... without end. Threads fetch a few steps ahead until the generator is closed; what indexing
+    raises is raised at the step that it concerns. rows: the part of a batch that this rank sees. pin: for a GPU, in
+    page-locked memory, so that `.to(device, non_blocking=True)` overlaps."""
+
+    def fetch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        index = batch_indices(len(images.images), batch, step, seed)[rows]
+        pixels, cond = torch.from_numpy(images.images[index]), images.conditions(index)
+        if pin:
+            pixels, cond = pixels.pin_memory(), {key: value.pin_memory() for key, value in cond.items()}
+        return pixels, cond
+
+    pool = ThreadPoolExecutor(WORKERS)
+    ahead = start + 2 * WORKERS
+    try:
+        waiting = deque(pool.submit(fetch, step) for step in range(start, ahead))
+        for step in itertools.count(ahead):
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(fetch, step))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def batches(
     settings: Settings, images: data.Images, process: Process, net: Network, start: int = 0, whole: bool = False
 ) -> Iterator[Batch]:
@@ -50,7 +100,7 @@ def batches(
     rows = slice(rank * settings.batch_size // world, (rank + 1) * settings.batch_size // world)
     settings = replace(settings, flip=settings.flip and not whole)
     of_gpu = next(net.parameters()).device.type == "cuda"
-    stream = data.batches(images, settings.batch_size, settings.seed, start, rows=rows, pin=of_gpu)
+    stream = fetched(images, settings.batch_size, settings.seed, start, rows=rows, pin=of_gpu)
     with contextlib.closing(stream):
         for step, (pixels, cond) in enumerate(stream, start):
             yield draw(settings, pixels, cond, process, net, step, rows)

@@ -6,14 +6,12 @@ to keep (LSUN bedroom: 596 GB) are decoded whenever they are indexed. In the net
 
 import contextlib
 import io
-import itertools
 import math
 import os
 import shutil
 import tempfile
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,7 +31,6 @@ CACHE = "runs/cache"  # of decoded images
 MAX_CACHE = 100e9  # bytes: a larger set is decoded whenever it is used, not kept. CelebA 2 GB, LSUN church 25 GB
 RECIPE = 3  # part of the key of a cache entry: raise it when `decode` or the format changes
 RECORD = "latents.json"  # in a folder of latents: how they were made
-WORKERS = 2  # threads that fetch batches; twice as many batches wait in memory
 CELEBA_FACE = (25, 57, 25 + 128, 57 + 128)  # left, top, right, bottom
 
 
@@ -407,48 +404,6 @@ def _decoded(
     images = shards.Shards(entry, "images", (len(items), *shape))
     about = machine.digest(images.seals(), labels_of(labels))
     return Images(images, labels, ask.name, fingerprint=about)
-
-
-def batch_indices(n: int, batch: int, step: int, seed: int) -> np.ndarray:
-    """Which of `n` images step `step` sees: (batch,) int64, of independent permutations, one per (seed, epoch), laid
-    end to end and cut into batches, which may exceed n. ValueError: n or batch below 1, step or seed below 0."""
-    if n < 1 or batch < 1 or step < 0 or seed < 0:
-        raise ValueError(f"batch_indices needs n, batch >= 1 and step, seed >= 0, got {n=}, {batch=}, {step=}, {seed=}")
-    first, stop = step * batch, (step + 1) * batch
-    epochs = range(first // n, (stop - 1) // n + 1)
-    parts = [_permutation(n, seed, epoch)[max(first - epoch * n, 0) : stop - epoch * n] for epoch in epochs]
-    return np.concatenate(parts)
-
-
-@lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def batches(
-    images: Images, batch: int, seed: int, start: int = 0, *, rows: slice = slice(None), pin: bool = False
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Images, (B, C, H, W) uint8 or (B, 2, C, H, W) float32, and their `conditions`, by the `batch_indices` of steps
-    start, start + 1, ... without end. Threads fetch a few steps ahead until the generator is closed; what indexing
-    raises is raised at the step that it concerns. rows: the part of a batch that this rank sees. pin: for a GPU, in
-    page-locked memory, so that `.to(device, non_blocking=True)` overlaps."""
-
-    def fetch(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        index = batch_indices(len(images.images), batch, step, seed)[rows]
-        pixels, cond = torch.from_numpy(images.images[index]), images.conditions(index)
-        if pin:
-            pixels, cond = pixels.pin_memory(), {key: value.pin_memory() for key, value in cond.items()}
-        return pixels, cond
-
-    pool = ThreadPoolExecutor(WORKERS)
-    ahead = start + 2 * WORKERS
-    try:
-        waiting = deque(pool.submit(fetch, step) for step in range(start, ahead))
-        for step in itertools.count(ahead):
-            yield waiting.popleft().result()
-            waiting.append(pool.submit(fetch, step))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def to_float(images: np.ndarray | Tensor) -> Tensor:

@@ -505,7 +505,7 @@ def check_name(what: str, net: nn.Module, name: str) -> None:
         raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
 
 
-def check_sampler(process: Process, steps: int, eta: float = 0.0) -> None:
+def check_sampler(process: Process, steps: int, eta: float) -> None:
     """ValueError for steps or an eta that the sampler does not have, or for one step from where nothing is noise."""
     process.check_eta(eta)
     if process.latest > 0 and process.timesteps(steps)[0] == 0:

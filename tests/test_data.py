@@ -9,7 +9,6 @@ import pickle
 import shutil
 import sys
 import tarfile
-import threading
 import time
 import urllib.error
 import warnings
@@ -21,13 +20,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Trap
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10, utils
 
 from distil import data, disk, pictures, shards
-from distil.data import Images, batch_indices, batches, load, to_float, to_uint8
+from distil.batches import batch_indices, fetched
+from distil.data import load, to_float, to_uint8
 from distil.shards import OnTheFly, Shards
 
 RNG = np.random.default_rng(0)
@@ -611,7 +609,7 @@ def test_a_set_too_large_to_keep_is_decoded_when_it_is_indexed(lsun, here, monke
         assert images[[20, 21, 22]][:, 0, 4, 4].tolist() == [20, 22, 22]  # the next one in the place of a broken one
     message = capsys.readouterr().err
     assert message.count("unreadable") == 1 and "00015" in message
-    stream = batches(found, 16, seed=0)
+    stream = fetched(found, 16, seed=0)
     for step in range(30):
         np.testing.assert_array_equal(next(stream)[0], images[batch_indices(200, 16, step, 0)])
     stream.close()
@@ -751,105 +749,19 @@ def test_bad_arguments_are_one_clear_sentence_and_write_nothing(name, arguments,
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
-bounded = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-
-
-@bounded
-@given(n=st.integers(1, 50), batch=st.integers(1, 120), seed=st.integers(0, 2**31), epochs=st.integers(1, 4))
-def test_batches_laid_end_to_end_are_whole_epochs(n, batch, seed, epochs):
-    steps = -(-n * epochs // batch)
-    batches = [batch_indices(n, batch, step, seed) for step in range(steps)]
-    assert all(index.shape == (batch,) and index.dtype == np.int64 for index in batches)
-    order = np.concatenate(batches)[: n * epochs].reshape(epochs, n)
-    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(n), (epochs, 1)))
-
-
-@bounded
-@given(n=st.integers(1, 50), batch=st.integers(1, 120), step=st.integers(0, 10**6), seed=st.integers(0, 2**31))
-def test_a_batch_is_a_pure_function_of_its_arguments(n, batch, step, seed):
-    first = batch_indices(n, batch, step, seed)
-    kept = first.copy()
-    first[:] = -1  # nor may a caller change what the next one gets
-    data._permutation.cache_clear()
-    np.testing.assert_array_equal(batch_indices(n, batch, step, seed), kept)
-    halves = [batch_indices(n, batch, 2 * step + i, seed) for i in (0, 1)]
-    np.testing.assert_array_equal(batch_indices(n, 2 * batch, step, seed), np.concatenate(halves))
-
-
-def test_epochs_and_seeds_differ():
-    orders = [batch_indices(1000, 1000, epoch, seed).tolist() for epoch in range(3) for seed in range(3)]
-    assert len({tuple(order) for order in orders}) == 9
-    golden = np.random.default_rng((7, 2)).permutation(10)[:4]  # step 5 begins epoch 2
-    np.testing.assert_array_equal(batch_indices(10, 4, 5, 7), golden)
-
-
-@pytest.mark.parametrize("arguments", [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0), (1, 1, 0, -1)])
-def test_bad_batches(arguments):
-    with pytest.raises(ValueError, match="batch_indices needs"):
-        batch_indices(*arguments)
-
-
-def threads():
-    return {thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")}
-
 
 @pytest.mark.usefixtures("shards_of_2")
 def test_prefetched_batches_are_the_batches(folder, read):
     images = read(folder)
     assert isinstance(images.images, Shards) and len(images.images.files) == 3
-    before = threads()
-    stream = batches(images, 4, seed=3, start=2, rows=slice(1, 3))
+    stream = fetched(images, 4, seed=3, start=2, rows=slice(1, 3))
     for step in range(2, 12):
         pixels, _ = next(stream)
         assert pixels.dtype == torch.uint8
         expected = images.images[batch_indices(6, 4, step, 3)[1:3]]
         np.testing.assert_array_equal(pixels, expected)
         pixels.zero_()  # a copy, which is the reader's own
-    assert threads() - before
     stream.close()
-    assert not threads() - before
-
-
-class Slow:
-    """Keeps what it was asked for; one batch fails."""
-
-    def __init__(self, failing=None):
-        self.asked, self.failing = [], failing
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        self.asked.append(index)
-        if len(self.asked) == self.failing:
-            raise OSError("the disk is gone")
-        time.sleep(0.001)
-        return np.zeros((len(index), 1, 2, 2), np.uint8)
-
-
-def test_an_error_of_a_prefetched_batch_comes_when_that_batch_is_due(monkeypatch):
-    monkeypatch.setattr(data, "WORKERS", 1)
-    source, before = Slow(failing=3), threads()
-    stream = batches(Images(source, None, "slow"), 2, seed=0)
-    assert next(stream)[0].shape == next(stream)[0].shape == (2, 1, 2, 2)
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(stream)
-    assert not threads() - before
-    with pytest.raises(ValueError, match="batch_indices needs"):
-        next(batches(Images(source, None, "slow"), 0, seed=0))
-
-
-def test_prefetching_is_a_few_batches_ahead_and_no_more():
-    source = Slow()
-    stream = batches(Images(source, None, "slow"), 2, seed=0)
-    next(stream)
-    deadline = time.monotonic() + 10
-    while len(source.asked) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(source.asked) == 4
-    stream.close()
-    assert len(source.asked) == 4
 
 
 # ---- Pixels ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import CAPTIONS, FAMILIES, an_image
 from PIL import Image
 
 from distil import data, shards, text_to_image
+from distil.batches import batch_indices, fetched
 from distil.latents import _adm, encode, main
 from distil.latents import captioned as read_captions
 
@@ -220,8 +221,8 @@ def test_captions_lie_beside_their_latents(family, pipelines, latents):
         exact = encoder.encode([CAPTIONS[i] for i in rows])[name]
         assert value.dtype == torch.bfloat16 and torch.equal(value, exact.bfloat16())
         assert torch.equal(found.no_condition[name], encoder.encode([""])[name][0].bfloat16())
-    pixels, cond = next(data.batches(found, 8, seed=0))
-    expected = found.conditions(data.batch_indices(8, 8, 0, 0))
+    pixels, cond = next(fetched(found, 8, seed=0))
+    expected = found.conditions(batch_indices(8, 8, 0, 0))
     assert pixels.shape == (8, 2, 4, 8, 8)
     assert cond.keys() == expected.keys() == set(encoder.shapes)
     assert all(torch.equal(value, expected[name]) for name, value in cond.items())
