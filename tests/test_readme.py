@@ -171,8 +171,8 @@ BETWEEN = {  # what the front page says between its tables: (run, method, column
     "the digit classifier prefers OutKD in every seed, {} against {}.": [
         ("digits8-keep", name, "digits") for name in ("out", "place")
     ],
-    "at 16x16 `none` is then at {}, `out` at {}, `place` at {}, `lift` at {}.": [
-        ("digits16-scale", name, "px") for name in ("none", "out", "place", "lift")
+    "at 16x16 `none` is then at {}, `out` at {}, `place` at {}, `lift` at {} (teacher {}).": [
+        ("digits16-scale", name, "px") for name in ("none", "out", "place", "lift", "teacher")
     ],
     "takes `none` from {} to {}, `out` from {} to {}, `place` from {} to {} (8x8, five seeds": [
         ("calibrate-digits8-keep", f"{name}{way}", "px")
