@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The LIFT/PLACE reference implementation authors. SPDX-License-Identifier: MIT
-# One file, torch only: copy it into your project.
+# One file, torch only (Python 3.10, torch 2.7 or newer): copy it into your project.
 """LIFT and PLACE: distillation losses that keep very small diffusion students stable (arXiv 2605.19729, CVPR 2026).
 
 The method. Teacher output e_T and student output e_S (noise, velocity, ...) come from the same noised input. Ordinary
@@ -7,12 +7,17 @@ output distillation minimises ||e_T - e_S||^2. LIFT first asks how far a straigh
 
     b1 = cov(e_S, e_T) / var(e_S)          b0 = mean(e_T) - b1 mean(e_S)            least squares, closed form
     L_coarse = |b0| + |b1 - 1|             mean and scale disagree: few numbers, easy to learn, fatal for sampling
-    L_fine   = ||e_T - (b0 + b1 e_S)||^2   what no line explains (b0, b1 detached: only e_S learns from it)
+    L_fine   = mean (e_T - b0 - b1 e_S)^2  what no line explains (b0, b1 detached: only e_S learns from it)
     w        = 1 - min(1, L_coarse)        detached: no fine loss until the coarse part is nearly aligned
-    L_LIFT   = L_coarse + w L_fine         least at b0 = 0, b1 = 1, where e_S = e_T
+    L_LIFT   = L_coarse + w L_fine         least, 0, only where e_S = e_T
 
 PLACE does so piecewise: per sample and channel, the elements are sorted by error (e_T - e_S)^2, cut into groups of K
 consecutive ones (K = 16), and each group gets a line of its own. K = H W is LIFT again. Nothing changes at inference.
+The paper writes squared norms; as in the released code both terms are means, or with reduction="sum" C N times that.
+
+Begin with a student whose output varies, pruned or pretrained, and clip the gradient: where a group has the standard
+deviation d the coarse gradient grows as 1 / d^2. An output layer of zeros counts as slope 1, so w starts near 1 and the
+next gradient is thousands of times as large: train such a student on the squared error first.
 
     >>> import torch
     >>> from lift_place import PRESETS, lift, place
@@ -26,7 +31,8 @@ consecutive ones (K = 16), and each group gets a line of its own. K = H W is LIF
     0.05
 
 The three published settings are constants of this one function (`place(student, teacher, **PRESETS[name])`; adding
-`ridge=0` gives the numbers of the released code). There the last two add eps to a sum; here to the mean, so / K.
+`ridge=0` gives the numbers of the released code). The last two publish an eps for the sum over a group; here it is
+added to the mean, hence / K. For another K give group_size and eps. The paper's rows add a loss between features, too.
 
     name           networks and data                            norm   reduction   eps       added to the objective
     diff-pruning   pruned pixel-space U-Nets: CelebA, LSUN      l1     sum         1e-7      x 1
@@ -48,14 +54,14 @@ __all__ = ["PRESETS", "Distillation", "adaptive", "lift", "place", "schedule"]
 Weight = float | Tensor | Callable[[Tensor], Tensor] | None
 
 PRESETS: dict[str, dict] = {
-    "diff-pruning": {"group_size": 16, "norm": "l1", "reduction": "sum", "eps": 1e-7},
-    "bk-sdm": {"group_size": 16, "norm": "l1", "reduction": "mean", "eps": 1e-8 / 16},
-    "tinyfusion": {"group_size": 16, "norm": "l2", "reduction": "mean", "eps": 1e-4 / 16},
+    "diff-pruning": {"norm": "l1", "reduction": "sum", "eps": 1e-7},
+    "bk-sdm": {"norm": "l1", "reduction": "mean", "eps": 1e-8 / 16},
+    "tinyfusion": {"norm": "l2", "reduction": "mean", "eps": 1e-4 / 16},
 }
 
 
 class Distillation(NamedTuple):
-    """What `lift` and `place` return: the loss, and everything worth logging. G groups per channel."""
+    """What `lift` and `place` return: the loss, and everything worth logging (`.detach()` it). G groups per channel."""
 
     loss: Tensor  # (), or (B,) for reduction="none": what is added to the objective
     coarse: Tensor  # (), mean over all groups of |b0| + |b1 - 1|   (l2: b0^2 + (b1 - 1)^2)
@@ -80,19 +86,22 @@ def place(
 
     Args:
         student: (B, C, *spatial), any number of spatial axes (image, latent, video). N = product of the spatial sizes.
-            Tokens (B, L, D) are to be transposed to (B, D, L).
+            Axis 1 is channels: transpose features (B, L, D), unpatchify a transformer's output, put the frames of a
+            video behind its channels, and leave a learned variance out.
         teacher: the same shape. It gets no gradient.
         group_size: K, the number of ELEMENTS in a group; must divide N. The paper uses 16.
-        norm: "l1" or "l2", the distance of (b0, b1) from (0, 1). The weight w always uses l1.
+        norm: "l1" or "l2", the distance of (b0, b1) from (0, 1). The weight w always uses l1. The gradient of "l1"
+            is as large for a good student as for a bad one; that of "l2" vanishes as the squared error's does.
         reduction: "mean"; "sum" over one sample and mean over the batch, the same loss times C N; or "none", one loss
-            per sample, whose mean is "mean", for weights that depend on the timestep.
-        eps: added to the biased variance of each group, in squared units of the outputs.
+            per sample, whose mean is "mean", to be multiplied by weights that depend on the timestep.
+        eps: added to the biased variance of each group, in squared units of the outputs, which it takes to be about 1.
         ridge: where a slope that the data cannot determine is drawn to, b1 = (cov + ridge eps) / (var + eps): 1 is the
             identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost 1 or more.
-        weight: w. None is the adaptive schedule; a number or scalar tensor fixes it (see `schedule`); a function gets
-            the detached coarse l1 mean x and returns w: with several processes pass one that averages x over them,
-            such as `lambda x: adaptive(all_reduce_mean(x))`, since nothing here communicates. A tensor that requires a
-            gradient gets one: a learned w, as in the paper's ablation.
+        weight: w of the whole batch. None is the adaptive schedule; a number or scalar tensor fixes it (see
+            `schedule`); a function gets the detached coarse l1 mean x and returns w. Nothing here communicates: with
+            several processes, or parts of a batch, pass one that takes the mean of x (not of w) over them, such as
+            `lambda x: adaptive(all_reduce_mean(x))`. A tensor that requires a gradient gets one, as in the paper's
+            ablation: make it the sigmoid of a parameter, for its gradient, fine, only ever pushes it down.
 
     Returns:
         Distillation, in float32 (float64 for float64 inputs), whatever the inputs or autocast say.
@@ -128,9 +137,6 @@ def lift(
     Args:
         coarse_weight: multiplies the coarse term. 1 is the paper's equation. The released LIFT multiplies it by its
             group-size argument (16 or 32) where the sum over N elements would give N: 16 / N or 32 / N is that code.
-
-    Raises:
-        ValueError: as `place`, and an unknown `per`.
     """
     student, teacher = flatten(student, teacher, norm, reduction, per)  # (B, C, N), or (B, 1, C N) per sample
     return _fit(student.unsqueeze(2), teacher.unsqueeze(2), norm, reduction, eps, ridge, weight, coarse_weight)
@@ -142,8 +148,8 @@ def _fit(s, t, norm, reduction, eps, ridge, weight, coarse_weight=1.0) -> Distil
     # line, without the cancellation of two nearly equal numbers when the student is good.
     e = t.detach() - s  # (B, C, G, K)
     e_mean, s_mean = e.mean(-1, keepdim=True), s.mean(-1, keepdim=True)  # (B, C, G, 1)
-    cov = ((s - s_mean) * (e - e_mean)).mean(-1, keepdim=True)  # (B, C, G, 1)
-    var = (s - s_mean).square().mean(-1, keepdim=True)  # (B, C, G, 1)
+    centred = s - s_mean  # (B, C, G, K), kept once for the backward pass
+    cov, var = ((centred * x).mean(-1, keepdim=True) for x in (e - e_mean, centred))  # (B, C, G, 1)
     slope = (cov + (ridge - 1) * eps) / (var + eps)  # (B, C, G, 1), b1 - 1
     b0 = e_mean - slope * s_mean  # (B, C, G, 1)
 
@@ -168,25 +174,20 @@ def weigh(x: Tensor, weight: Weight) -> Tensor:
     w = adaptive if weight is None else weight
     if isinstance(w, str):
         raise ValueError(f"weight must be a number or a function, not {w!r}: schedule({w!r}, step, total) gives one")
-    w = w(x.detach()) if callable(w) else w
-    w = x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)  # a number's copy waits for a GPU
+    w = w(x.detach().clone()) if callable(w) else w  # a copy, for reducing over processes works in place
+    w = x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)  # which makes a GPU wait for a number
     if w.numel() != 1:
-        raise ValueError(
-            f"weight must be a number or hold one element, not {tuple(w.shape)}: one w for the whole batch"
-        )
+        raise ValueError(f"weight must be a number, not {tuple(w.shape)}: weights of samples go with reduction='none'")
     return w.to(x).reshape(())
 
 
 def schedule(kind: str, step: int, total: int) -> float | None:
-    """The `weight` at one step under the schedules of the paper's ablation.
+    """The `weight` at one step under the schedules of the paper's ablation; ValueError for an unknown kind.
 
     Args:
         kind: "adaptive" (None: the loss decides), "constant" (1), "linear" or "cosine" (from 0 to 1).
         step: the optimizer steps done so far.
         total: the steps over which w grows.
-
-    Raises:
-        ValueError: an unknown kind.
     """
     p = min(max(step / max(total, 1), 0.0), 1.0)
     kinds = {"adaptive": None, "constant": 1.0, "linear": p, "cosine": 0.5 * (1 - math.cos(math.pi * p))}
@@ -201,24 +202,20 @@ def flatten(student: Tensor, teacher: Tensor, norm: str, reduction: str, per: st
         if not isinstance(output, Tensor):
             raise ValueError(f"{name} must be a tensor, not a {type(output).__name__}: give what the network predicts")
     if torch.is_grad_enabled() and teacher.requires_grad and not student.requires_grad:
-        raise ValueError("the teacher has a gradient and the student has none: the order is (student, teacher)")
+        raise ValueError(
+            "the teacher has a gradient, the student has none: the order is (student, teacher); detach the teacher"
+        )
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
-    if student.shape != teacher.shape:
-        raise ValueError(f"student and teacher must have the same shape (B, C, *spatial), got {shapes}")
-    if student.ndim < 3:
-        raise ValueError(f"outputs need at least three axes (B, C, *spatial), got {shapes}")
+    if student.shape != teacher.shape or student.ndim < 3:
+        raise ValueError(f"outputs need the same shape, of at least three axes (B, C, *spatial), got {shapes}")
     if student.numel() == 0:
         raise ValueError(f"outputs must hold at least one element, got {shapes}")
     if not (student.is_floating_point() and teacher.is_floating_point()):
         raise ValueError(f"outputs must be floating point, got {shapes} of {student.dtype} and {teacher.dtype}")
-    words = {
-        "norm": (norm, "l1", "l2"),
-        "reduction": (reduction, "mean", "sum", "none"),
-        "per": (per, "channel", "sample"),
-    }
-    for name, (given, *known) in words.items():
-        if given not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {given!r}")
+    known = {"norm": ("l1", "l2"), "reduction": ("mean", "sum", "none"), "per": ("channel", "sample")}
+    for name, given in (("norm", norm), ("reduction", reduction), ("per", per)):
+        if given not in known[name]:
+            raise ValueError(f"{name} must be one of {', '.join(known[name])}, not {given!r}")
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     student, teacher = student.flatten(2).to(wide), teacher.flatten(2).to(wide)  # (B, C, N)
     if per == "sample":
@@ -231,6 +228,5 @@ def check_group_size(group_size: int, n: int) -> None:
     if group_size < 2 or n % group_size:
         fits = ", ".join(str(k) for k in range(2, n + 1) if n % k == 0) or "none: use more elements"
         raise ValueError(
-            f"group_size {group_size} does not cut the N = {n} positions of a channel "
-            f"into equal groups of at least 2 elements; group sizes that do: {fits}"
+            f"group_size {group_size} does not cut N = {n} into equal groups of 2 or more; sizes that do: {fits}"
         )

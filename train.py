@@ -72,7 +72,7 @@ class Method(NamedTuple):
 
 def resolve(settings: Settings, name: str) -> Method:
     """The method that --kd calls `name`, with the constants of these settings."""
-    constants = {key: value for key, value in PRESETS[settings.constants].items() if key != "group_size"}
+    constants = {**PRESETS[settings.constants]}
     constants["norm"] = settings.norm or constants["norm"]
     compare = FEATURES[settings.constants]
     total = constants["reduction"] == "sum"  # over a sample; then the mean over the batch

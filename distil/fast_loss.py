@@ -1,7 +1,8 @@
 """`place` and `lift` of lift_place.py, the same numbers in half the memory and less time on a CPU (docs/speed.md).
 
 Training uses these. The derivative is written by hand, so that nothing of the forward pass but a few numbers a group
-is kept; and elements are sorted as integers. What they return cannot be differentiated a second time.
+is kept; and elements are sorted as integers. What they return cannot be differentiated a second time, nor by
+torch.func.
 """
 
 from __future__ import annotations

@@ -432,6 +432,13 @@ def test_a_weight_function_receives_the_detached_l1_mean_and_adaptive_is_the_def
         assert adaptive(torch.tensor(value)) == max(0.0, 1 - value)
 
 
+@every_loss
+def test_a_weight_function_may_write_into_what_it_gets(loss):
+    """As reductions over processes do; the coarse part that is returned stays that of this one."""
+    student, teacher = outputs()
+    assert loss(student, teacher, weight=lambda x: adaptive(x.zero_())).coarse == loss(student, teacher).coarse > 0
+
+
 # ---- use in other projects, and misuse -------------------------------------------------------------------------------
 
 

@@ -413,9 +413,7 @@ def test_the_objective_is_the_papers_sum(kind, method, outputs):
         expected += 0.5 * process.bound(student, batch.x0, batch.x_t, batch.t)
     if method in ("lift", "place"):
         loss = functools.partial(lift_place.place, group_size=16) if method == "place" else lift_place.lift
-        expected += (
-            0.25 * loss(e_s, e_t, **{key: value for key, value in constants.items() if key != "group_size"}).loss
-        )
+        expected += 0.25 * loss(e_s, e_t, **constants).loss
     elif method in ("out", "out+feat"):
         expected += 0.25 * total * ((e_s - e_t).abs() if kind == "folded" else (e_s - e_t).square()).mean()
     if variance and method not in ("none", "feat"):
