@@ -251,6 +251,7 @@ def test_images_are_scored_as_a_published_table_was(capsys):
     assert found["precision"] == metrics.precision_recall(extract(torch.from_numpy(real)), seen, 3)[0]
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_file():
     a_unet().save("net")
     arguments = ["net", *FEW, "--num", "20", "--batch", "5"]
