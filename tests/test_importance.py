@@ -177,6 +177,44 @@ def test_the_learned_choice_drops_useless_blocks_and_leaves_the_network_alone():
         assert learned_blocks(net, 2, loss, 3, progress=False) == [0, 2]  # the first options: nothing was learnt
 
 
+def test_the_learned_choice_has_the_published_constants(monkeypatch):
+    """Those of TinyFusion's code; but its average does not forget the start of short runs."""
+    x, t, cond = inputs()
+    temperatures, optimizers, norms, gates, decided = [], [], [], [], []
+
+    class Spied(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            super().__init__(groups, **options)
+            optimizers.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+
+        def step(self):
+            learned = [p for group in self.param_groups for p in group["params"]]
+            norms.append(torch.stack([p.grad.square().sum() for p in learned]).sum().sqrt().item())
+            super().step()
+            gates.append(learned[0].detach().clone())
+
+    def steep(module, step):
+        temperatures.append(module.tau)
+        assert sum(isinstance(layer, importance.LoRA) and len(layer.down) == 8 for layer in module.modules()) > 8
+        yield 1e4 * module(x, t, cond).square().mean()
+
+    choice = GatedDepth.choice
+    monkeypatch.setattr(torch.optim, "AdamW", Spied)
+    monkeypatch.setattr(GatedDepth, "choice", lambda self, average: decided.append(average) or choice(self, average))
+    learned_blocks(a_dit(), 3, steep, 4, progress=False)
+    assert temperatures == pytest.approx([4, 2.7, 1.4, 0.1])
+    assert optimizers == [[(1e-3, 0), (1e-4, 0)]]
+    assert norms == pytest.approx([1] * 4, rel=1e-4)  # clipped, all together
+    average = torch.full_like(gates[0], 0.02)
+    for step, now in enumerate(gates):
+        average = average + 9 / (10 + step) * (now - average)
+    torch.testing.assert_close(decided[0], average)
+    update = importance.LoRA(torch.zeros(12, 10), 8)
+    nn.init.ones_(update.up)
+    torch.testing.assert_close(update(torch.ones(12, 10)), 1 + 2 * update.down.sum(0).expand(12, 10))
+    assert update.down.abs().max() <= 10**-0.5  # uniform, as Kaiming's of a = sqrt(5)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
