@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--vae", required=True, help="folder or Hugging Face id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema")
     add("--text", help="folder or id of a Stable Diffusion pipeline, to store the embeddings of captions too")
-    add("--no-t5", action="store_true", help="without the largest text encoder of Stable Diffusion 3: 9 times smaller")
+    add("--no-t5", action="store_true", help="without Stable Diffusion 3's largest text encoder: text 9 times smaller")
     tables = "with --text: one with metadata.csv or metadata.jsonl (file_name, text), or WebDataset tars"
     add("--data", required=True, type=Path, help=f"folder of images; sub-folders are classes; {tables}")
     add("--out", required=True, type=Path, help="folder for the latents")

@@ -190,6 +190,6 @@ def table() -> str:
         lines.append([f"{value:g}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    notes = ["A line is for every --prune up to its own: 1 is for all that no other line of the data set is for.",
+    notes = ["A line is for every --prune up to its own, the last one of a data set for all above, too.",
              "None: by the device and the number of images, as --dry-run shows."]  # fmt: skip
     return "\n".join([*table, "", *notes])

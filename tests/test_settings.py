@@ -109,7 +109,7 @@ def test_all_presets_are_listed(capsys):
         parse(["--list-presets"])
     table, notes = capsys.readouterr().out.split("\n\n")
     head, *lines = table.splitlines()
-    assert "A line is for every --prune up to its own: 1 is for all" in notes
+    assert "A line is for every --prune up to its own, the last one of a data set for all above" in notes
     assert stop.value.code == 0 and len(lines) == len(PRESETS) and len({len(line) for line in (head, *lines)}) == 1
     assert "lambda_feat" in head and lines[5].split()[:4] == ["celeba", "unet", "0.9", "500000"]
 
