@@ -94,7 +94,7 @@ def place(
             is as large for a good student as for a bad one; that of "l2" vanishes as the squared error's does.
         reduction: "mean"; "sum" over one sample and mean over the batch, the same loss times C N; or "none", one loss
             per sample, whose mean is "mean", to be multiplied by weights that depend on the timestep.
-        eps: added to the biased variance of each group, in squared units of the outputs, which it takes to be about 1.
+        eps: added to the biased variance of each group, in squared units of the outputs: 1e-7 is for outputs of about 1.
         ridge: where a slope that the data cannot determine is drawn to, b1 = (cov + ridge eps) / (var + eps): 1 is the
             identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost 1 or more.
         weight: w of the whole batch. None is the adaptive schedule; a number or scalar tensor fixes it (see
@@ -175,7 +175,7 @@ def weigh(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(w, str):
         raise ValueError(f"weight must be a number or a function, not {w!r}: schedule({w!r}, step, total) gives one")
     w = w(x.detach().clone()) if callable(w) else w  # a copy, for reducing over processes works in place
-    w = x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)  # which makes a GPU wait for a number
+    w = x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)  # as_tensor would make a GPU wait
     if w.numel() != 1:
         raise ValueError(f"weight must be a number, not {tuple(w.shape)}: weights of samples go with reduction='none'")
     return w.to(x).reshape(())
