@@ -94,7 +94,7 @@ def place(
             is as large for a good student as for a bad one; that of "l2" vanishes as the squared error's does.
         reduction: "mean"; "sum" over one sample and mean over the batch, the same loss times C N; or "none", one loss
             per sample, whose mean is "mean", to be multiplied by weights that depend on the timestep.
-        eps: added to the biased variance of each group, in squared units of the outputs: 1e-7 is for outputs of about 1.
+        eps: added to the biased variance of each group, in squared units of the outputs (1e-7: of about 1).
         ridge: where a slope that the data cannot determine is drawn to, b1 = (cov + ridge eps) / (var + eps): 1 is the
             identity, so that identical outputs cost exactly 0; 0 is the released code, where flat ones cost 1 or more.
         weight: w of the whole batch. None is the adaptive schedule; a number or scalar tensor fixes it (see
