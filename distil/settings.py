@@ -15,25 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from distil import presets
 from distil.command import SEED, Parser, check_fields, flag, number_or_numbers, numbers, option
-from distil.presets import (
-    ARCHS,
-    CONSTANTS,
-    DEPTH_METHODS,
-    METHODS,
-    PRECISIONS,
-    PRESETS,
-    PROCESSES,
-    SAMPLERS,
-    SD_STUDENTS,
-    SHAPE,
-    SPACINGS,
-    TIMESTEPS,
-    WEIGHTS,
-    folded_to,
-    preset,
-    table,
-)
+from distil.presets import ARCHS, METHODS, PRESETS, PROCESSES, SAMPLERS, SD_STUDENTS, SHAPE, SPACINGS, folded_to, preset
 
 
 @dataclass(frozen=True)
@@ -58,7 +42,7 @@ class Settings:
     keep: tuple[int, ...] | None = option(
         None, "dit, mmdit: the blocks that stay, as 0,2,5: no --prune", numbers, low=0
     )
-    depth_method: str | None = option(None, "dit, mmdit: which blocks stay", choices=DEPTH_METHODS)
+    depth_method: str | None = option(None, "dit, mmdit: which blocks stay", choices=presets.DEPTH_METHODS)
     depth_steps: int | None = option(None, "steps of choosing them with learned", int, low=1)
     importance: str | None = option(None, "which channels stay", choices=("taylor", "magnitude", "random"))
     taylor_threshold: float | None = option(
@@ -99,7 +83,7 @@ class Settings:
     clip: float | None = option(None, "largest gradient norm of a student, 0: no clipping", float, low=0)
     ema: float | None = option(None, "rate of the weight average that is evaluated and saved", float, low=0, below=1)
     ema_warmup: bool | None = option(None, "lower its rate in the first steps, to (1 + step) / (10 + step)", bool)
-    timesteps: str | None = option(None, "of a batch: in pairs t, T - 1 - t, or each alone", choices=TIMESTEPS)
+    timesteps: str | None = option(None, "of a batch: in pairs t, T - 1 - t, or each alone", choices=presets.TIMESTEPS)
     dropout: float | None = option(None, "dropout of the students; the teacher predicts without", float, low=0, below=1)
     caption_dropout: float | None = option(None, "share of captions dropped, for guidance", float, low=0, below=1)
     lambda_diff: float | None = option(None, "weight of the diffusion loss", float, low=0)
@@ -107,12 +91,12 @@ class Settings:
     lambda_feat: float | None = option(None, "weight of the feature loss", float, low=0)
     lambda_hidden: float = option(1.0, "with --fold-steps: weight of the last feature's distance", float, low=0)
     feat_stages: int | None = option(None, "equal parts of a run in which it falls to 0; 0: it stays", int, low=0)
-    constants: str | None = option(None, "published setting whose constants the losses have", choices=CONSTANTS)
+    constants: str | None = option(None, "published setting whose constants the losses have", choices=presets.CONSTANTS)
     group_size: int = option(16, "K of place: elements per group", int, low=2)
     halve_group_size: int = option(0, "how often K is halved, after equal parts of the run", int, low=0, high=20)
     lift_per: str = option("channel", "lift: one line for each channel, or sample", choices=("channel", "sample"))
     norm: str | None = option(None, "coarse term l1 or l2, instead of the published one", choices=("l1", "l2"))
-    schedule: str = option("adaptive", "w of lift and place", choices=WEIGHTS)
+    schedule: str = option("adaptive", "w of lift and place", choices=presets.WEIGHTS)
     eval_samples: int | None = option(
         None, "images to sample from every student, 0: no evaluation", int, low=0, high=10**7
     )
@@ -124,7 +108,7 @@ class Settings:
     guidance: float | None = option(None, "scale of classifier-free guidance, 1: none", float, low=0)
     out: str | None = option(None, "folder of the run; by default runs/ and a name made from the settings", folder=True)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=PRECISIONS)
+    precision: str = option("auto", "of the networks; losses and weights stay fp32", choices=presets.PRECISIONS)
     teacher_precision: str | None = option(
         None, "of the frozen teacher, where not that of all networks", choices=("fp32", "bf16")
     )
@@ -369,6 +353,6 @@ def parse_command(argv: list[str] | None = None, description: str | None = None)
     parser.add_argument("--list-presets", action="store_true", help="print the table of presets and stop")
     settings, asked = parser.read(argv, Settings, "dry_run", "list_presets")
     if asked["list_presets"]:
-        print(table())
+        print(presets.table())
         parser.exit(0)
     return settings, asked["dry_run"]

@@ -115,7 +115,7 @@ def test_all_presets_are_listed(capsys):
 
 
 def test_the_names_here_are_those_of_the_other_files():
-    assert set(settings.CONSTANTS) == set(lift_place.PRESETS) == set(students.FEATURES)
+    assert set(presets.CONSTANTS) == set(lift_place.PRESETS) == set(students.FEATURES)
     for name, (kind, _) in presets.PROCESSES.items():
         assert isinstance(process.make_process(name), process.DDPM if kind == "ddpm" else process.RectifiedFlow)
     assert {*networks.NEW} < {*presets.ARCHS} == {row["arch"] for row in PRESETS}
@@ -124,7 +124,7 @@ def test_the_names_here_are_those_of_the_other_files():
         _, image_size, *_ = data.DATASETS[row["dataset"]]
         assert row.get("image_size") in (image_size, None)
         assert PRESETS[0].keys() - {"image_size"} <= row.keys() <= {*Settings.__dataclass_fields__, "network"}
-    for name in settings.PRECISIONS:
+    for name in presets.PRECISIONS:
         assert students.find_dtype(Settings(precision=name), students.torch.device("cpu")).is_floating_point
     assert {*settings.FREE, *settings.EVALUATION} <= Settings.__dataclass_fields__.keys()
     assert Settings.__dataclass_fields__.keys() >= evaluate.SAME
