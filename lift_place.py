@@ -202,9 +202,7 @@ def flatten(student: Tensor, teacher: Tensor, norm: str, reduction: str, per: st
         if not isinstance(output, Tensor):
             raise ValueError(f"{name} must be a tensor, not a {type(output).__name__}: give what the network predicts")
     if torch.is_grad_enabled() and teacher.requires_grad and not student.requires_grad:
-        raise ValueError(
-            "the teacher has a gradient, the student has none: the order is (student, teacher); detach the teacher"
-        )
+        raise ValueError("a gradient of the teacher alone: the order is (student, teacher); detach the teacher")
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     if student.shape != teacher.shape or student.ndim < 3:
         raise ValueError(f"outputs need the same shape, of at least three axes (B, C, *spatial), got {shapes}")

@@ -421,9 +421,7 @@ class UNet(Network):
         try:
             output = self.eval()(x_t, x_t.new_zeros(1))
         except (RuntimeError, ValueError) as error:  # an instance norm takes no single pixel
-            raise ValueError(
-                f"the shapes of the weights do not fit together, or {side}x{side} pixels: {error}"
-            ) from error
+            raise ValueError(f"shapes of the weights do not fit together, or {side}x{side} pixels: {error}") from error
         finally:
             self.train(training)
         if output.shape[1] != self.config["out_channels"]:

@@ -385,13 +385,9 @@ def save_checkpoint(settings: Settings, students: list[Student], folder: Path, s
         if rank_and_world()[0] > 0:
             return
         path, former = folder / "checkpoint.pt", folder / "checkpoint.prev.pt"
-        tensors = [
-            tensor for state in states.values() for tensor in [*state["module"].values(), *state["ema"].values()]
-        ]
+        tensors = [x for state in states.values() for x in [*state["module"].values(), *state["ema"].values()]]
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            raise OSError(
-                f"{path} was not written: weights are not finite at step {steps}; an earlier checkpoint stays"
-            )
+            raise OSError(f"{path} was not written: weights are not finite at step {steps}; an earlier one stays")
         disk.need_room(folder, 2 * sum(tensor.nbytes for tensor in tensors), f"{path}, with two moments a weight,")
         with disk.whole(path) as part:
             with part.open("wb") as file:

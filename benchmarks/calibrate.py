@@ -71,9 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=300, help="samples of each network [300]")
     parser.add_argument("--sample-steps", type=int, help="[the run's]")
     parser.add_argument("--knots", type=int, help="timesteps to fit at; others are interpolated [the sampler's]")
-    parser.add_argument(
-        "--fit", type=int, default=300, help="images to fit on at most, held out where there are such [300]"
-    )
+    parser.add_argument("--fit", type=int, default=300, help="images to fit on, held out where there are such [300]")
     parser.add_argument("--teacher", help="another one to fit to and to compare with [the run's]")
     given = parser.parse_args(argv)
 

@@ -200,9 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=NORMS, help="[both]")
     parser.add_argument("--ways", nargs="+", choices=calibrate.WAYS, default=calibrate.WAYS, help="[all]")
     parser.add_argument("--first-errors", nargs="+", type=int, default=STEPS, help="of samplers of so many steps")
-    parser.add_argument(
-        "--figures", action="store_true", help="draw docs/scale.png and docs/first_error.png, print the table"
-    )
+    parser.add_argument("--figures", action="store_true", help="draw the figures of docs/scale.md, print its table")
     given = parser.parse_args(argv)
     with machine.refusing("scale.py"):
         found = [settings_of(*of_run, given.teacher_seed, tuple(given.seeds))

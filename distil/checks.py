@@ -109,10 +109,8 @@ def check_students(settings: Settings, images: data.Images, teacher: Network | N
         groups_of(depth, n)
     drawn = settings.depth_method == "random" and settings.init == "teacher"  # and nothing but the blocks
     if len(settings.seeds) > 1 and drawn and n in (1, 2, depth):
-        same = "the seeds would draw the same ones, for the first and the last always stay"
-        raise ValueError(
-            f"--prune {settings.prune:g} keeps {n} of {depth} blocks: {same}; give one seed, or another --prune"
-        )
+        same = "the seeds would draw the same, for the first and the last always stay: give one, or another --prune"
+        raise ValueError(f"--prune {settings.prune:g} keeps {n} of {depth} blocks: {same}")
 
 
 def check_given(settings: Settings, student: Network, teacher: Network) -> None:
@@ -124,11 +122,8 @@ def check_given(settings: Settings, student: Network, teacher: Network) -> None:
     check_classes(what, student, teacher)
     if student.condition_dropout > 0 and teacher.no_condition() is None:
         raise ValueError(f"{what} learns without the class, too, and its teacher cannot: use a student that does not")
-    if (
-        student.predicts_variance
-        and not teacher.predicts_variance
-        and any(settings.terms(name)[0] for name in settings.kd)
-    ):
+    compared = any(settings.terms(name)[0] for name in settings.kd)
+    if student.predicts_variance and not teacher.predicts_variance and compared:
         raise ValueError(f"{what} predicts a variance and its teacher none: use a student that predicts none, either")
     regrouped(settings, student, teacher)  # refuses norms of other names
     if settings.fold_steps is None and any(map(settings.compares_features, settings.kd)):

@@ -260,9 +260,7 @@ def find_networks(runs: Sequence[Path]) -> dict[str, Path]:
     for run in [run.parent if of_run else run for run, of_run in zip(runs, several, strict=True)]:
         students, name = sorted(file.parent for file in run.glob("student/**/config.json")), run.resolve().name
         if not students and (run / ".lock").exists() and not any(run.glob("**/model.safetensors")):
-            raise ValueError(
-                f"{run} is a run that has no student yet: let the command that began it end, or give it again"
-            )
+            raise ValueError(f"{run} is a run that has no student yet: let its command end, or give it again")
         for folder in students or [run]:
             called = f"{name}-{folder.name}" if len(students) > 1 else name
             if called in found:

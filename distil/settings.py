@@ -191,9 +191,8 @@ class Settings:
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"{flag(name)} takes one or more values, each named once")
         if self.is_flow and (self.eta > 0 or self.fold_steps is not None or self.clip_x0 or self.sampler != "ddim"):
-            raise ValueError(
-                f"--eta, --clip-x0, --sampler and --fold-steps are of DDPM, --process {self.process} has none of it"
-            )
+            of_ddpm = "--eta, --clip-x0, --sampler and --fold-steps are of DDPM"
+            raise ValueError(f"{of_ddpm}, --process {self.process} has none of it")
         if self.sampler == "pndm" and (self.eta > 0 or self.fold_steps is not None or self.clip_x0):
             raise ValueError("--sampler pndm goes without --eta, --fold-steps and --clip-x0: use --sampler ddim")
         usual = preset(self.dataset, self.prune, self.arch, self.fold_steps)
@@ -224,9 +223,7 @@ class Settings:
         if self.fold_steps is not None:
             self._refuse_fold()
         if "none" in self.kd and self.lambda_diff == 0:
-            raise ValueError(
-                "--kd none learns from the data alone: with --fold-steps give --lambda-diff 1, or another above 0"
-            )
+            raise ValueError("--kd none learns from the data alone: with --fold-steps give --lambda-diff 1")
         if 0 < (self.eval_samples or 0) < 6:
             raise ValueError(f"--eval-samples {self.eval_samples} cannot be used, it must be 0 (none) or at least 6")
 

@@ -219,10 +219,8 @@ class PixelUNet(Diffusers):
 
     def __init__(self, net: nn.Module):
         super().__init__(net)
-        if self.config["class_embed_type"] is not None:
-            raise ValueError(
-                f"its class_embed_type is {self.config['class_embed_type']!r}: use one that counts classes"
-            )
+        if (kind := self.config["class_embed_type"]) is not None:
+            raise ValueError(f"its class_embed_type is {kind!r}: use one that counts classes")
         self.levels, self.num_classes = len(self.config["block_out_channels"]), self.config["num_class_embeds"]
         self.conditions = () if self.num_classes is None else ("y",)
         if isinstance(size := self.config["sample_size"], list | tuple):
@@ -237,10 +235,8 @@ class PixelUNet(Diffusers):
 
     def feature_layers(self, other: Network | None = None) -> list[str]:
         """Every residual block, in running order."""
-        names, stages = [name for name, _ in self.named_modules()], ("down_blocks", "mid_block", "up_blocks")
-        return [
-            name for stage in stages for name in names if re.fullmatch(rf"net\.{stage}\.(\d+\.)?resnets\.\d+", name)
-        ]
+        names, parts = [name for name, _ in self.named_modules()], ("down_blocks", "mid_block", "up_blocks")
+        return [name for part in parts for name in names if re.fullmatch(rf"net\.{part}\.(\d+\.)?resnets\.\d+", name)]
 
     def widths_left(self, ratio: float) -> dict[int, int]:
         """{width of a level: what is left of it}, whole groups and heads; in the same order, and no two alike."""
