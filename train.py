@@ -464,9 +464,7 @@ def train_teacher(run: Run) -> Network:
         return student.ema
 
 
-def make_students(
-    run: Run, teacher: Network, process: Process, time: dict[str, Any]
-) -> tuple[list[Student], nn.Module]:
+def make_students(run: Run, teacher: Network, process: Process, time: dict) -> tuple[list[Student], nn.Module]:
     """One student per method and seed, those of one seed alike; and the teacher, `Tapped` if one needs its features.
 
     process: of the teacher. time: `Network.process` of the students.

@@ -68,12 +68,8 @@ def their_network(b: Any, net: UNet) -> nn.Module:
         type="simple", in_channels=3, out_ch=3, ch=c["channels"], ch_mult=c["channel_mults"], dropout=0.1,
         num_res_blocks=c["num_res_blocks"], attn_resolutions=c["attention_resolutions"], resamp_with_conv=True,
     )  # fmt: skip
-    config = SimpleNamespace(
-        model=model,
-        data=SimpleNamespace(image_size=b.size),
-        diffusion=SimpleNamespace(num_diffusion_timesteps=b.process.steps),
-    )
-    theirs = b.authors.Model(config)
+    data, diffusion = SimpleNamespace(image_size=b.size), SimpleNamespace(num_diffusion_timesteps=b.process.steps)
+    theirs = b.authors.Model(SimpleNamespace(model=model, data=data, diffusion=diffusion))
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm):
             theirs.set_submodule(name, copy.deepcopy(layer))

@@ -140,9 +140,8 @@ def tinyfusion(clone: str) -> SimpleNamespace:
         raise ValueError(f"--tinyfusion {clone} is no clone of TinyFusion: it has no train_masked_kd.py")
     package("models_with_layer_pruning", Path(clone) / "models_with_layer_pruning.py")  # the next one imports it
     networks = package("tinyfusion_models", Path(clone) / "models.py")
-    return SimpleNamespace(
-        DiT=networks.DiT, diffusion=package("tinyfusion_diffusion", Path(clone) / "diffusion/__init__.py")
-    )
+    diffusion = package("tinyfusion_diffusion", Path(clone) / "diffusion/__init__.py")
+    return SimpleNamespace(DiT=networks.DiT, diffusion=diffusion)
 
 
 def tinyfusion_step(b: bench.Setup, net: models.DiT, teacher: models.DiT, x0: Tensor, y: Tensor) -> Callable[[], None]:

@@ -298,9 +298,7 @@ def open_reference(flags: Flags, shape: tuple[int, int, int], extract: metrics.E
     return metrics.reference(real, extract, count=flags.real)
 
 
-def fid(
-    flags: Flags, job: sample.Job, rooms: dict[str, list], real: metrics.Reference, extract: metrics.Extract
-) -> str:
+def fid(flags: Flags, job: sample.Job, rooms: dict, real: metrics.Reference, extract: metrics.Extract) -> str:
     """The table of the networks' images against real ones; writes scores.json beside them. rooms: of `open_samples`."""
     how, small = job.record, flags.resize
     sampler = next(iter(job.arguments.values()))["process"].sampler

@@ -69,13 +69,8 @@ PAPER = {
     "sampler": "ddim", "teacher": "auto", "teacher_steps": 500_000, "teacher_lr": 2e-4, "channels": 128,
     "taylor_threshold": 0.0,
 }  # fmt: skip
-CELEBA = PAPER | {
-    "dataset": "celeba",
-    "image_size": 64,
-    "network": {"channel_mults": (1, 2, 2, 2, 4)},
-    "batch_size": 96,
-    "taylor_batch": 64,
-}
+CELEBA = PAPER | {"dataset": "celeba", "image_size": 64, "network": {"channel_mults": (1, 2, 2, 2, 4)},
+                  "batch_size": 96, "taylor_batch": 64}  # fmt: skip
 LSUN = PAPER | {"image_size": 256, "network": {"channel_mults": (1, 1, 2, 2, 4, 4)}, "batch_size": 16, "lr": 2e-5,
                 "clip": 0.0, "ema": 0.999, "dropout": 0.0, "teacher_steps": 2_400_000, "teacher_lr": 2e-5,
                 "taylor_threshold": 0.01}  # fmt: skip

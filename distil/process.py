@@ -104,9 +104,7 @@ class Process:
             raise ValueError(f"the sampler takes 1 to {self.steps} steps, got steps={steps}")
         return self._times(steps)
 
-    def step(
-        self, x: Tensor, output: Tensor, t: Any, t_next: Any, eta: float = 0.0, generator: Source = None
-    ) -> Tensor:
+    def step(self, x: Tensor, output: Tensor, t: Any, t_next: Any, eta: float = 0, generator: Source = None) -> Tensor:
         """One sampling step from time t to t_next < t, given the network's output at x; `clean` is the clean image.
 
         x and the result: (B, C, *spatial); output: that, or (B, 2 C, *spatial) with a variance.
@@ -353,9 +351,7 @@ class DDPM(Process):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1] (0 deterministic, 1 as noisy as DDPM), got {eta}")
 
-    def step(
-        self, x: Tensor, output: Tensor, t: int, t_next: int, eta: float = 0.0, generator: Source = None
-    ) -> Tensor:
+    def step(self, x: Tensor, output: Tensor, t: int, t_next: int, eta: float = 0, generator: Source = None) -> Tensor:
         """One DDIM step (eq. 12). Coefficients are Python floats: no tables to move, nothing to wait for."""
         prediction, v = split(output, x.shape[1])
         eps = self.noise_in(prediction, x, torch.full(x.shape[:1], t, device=x.device))

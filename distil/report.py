@@ -183,9 +183,8 @@ def grid(
         raise ValueError(f"a picture needs images of 1 or 3 channels, not {channels}")
     zoom, space, margin = max(1, math.ceil(40 / height)), 3, 16
     font, small, notes = ImageFont.load_default(18), ImageFont.load_default(12), notes or {}
-    words = [(font, name) for name, _ in bands] + [
-        (small, line) for note in notes.values() for line in note.split("\n")
-    ]
+    words = [(font, name) for name, _ in bands]
+    words += [(small, line) for note in notes.values() for line in note.split("\n")]
     left = margin + 24 + math.ceil(max(of.getlength(text) for of, text in words))
     shown = max(min(len(samples), columns * lines) for _, samples in bands)
     step_y, step_x = height * zoom + space, width * zoom + space
@@ -354,9 +353,7 @@ def title(settings: dict[str, Any]) -> str:
 def loading(folder: Path, settings: dict[str, Any]) -> list[str]:
     """How to draw images with the networks in `folder` and below it, as blocks of Markdown; [] if there are none."""
     configs = {file.parent: json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("**/config.json"))}
-    nets = {
-        net.relative_to(folder.parent).as_posix(): c for net, c in configs.items() if {"class", "_class_name"} & {*c}
-    }
+    nets = {at.relative_to(folder.parent).as_posix(): c for at, c in configs.items() if {"class", "_class_name"} & {*c}}
     if not nets:
         return []
     where, config = list(nets.items())[-1]

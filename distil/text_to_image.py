@@ -29,9 +29,8 @@ from models import Network, check_fit, fingerprint, sealed
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 INSTALL = '-e ".[sd]"'
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # in a diffusers folder
-ARGUMENTS = {  # from our names to diffusers'
-    "text": "encoder_hidden_states", "pooled": "pooled_projections", "y": "class_labels",
-}  # fmt: skip
+# from our names to diffusers'
+ARGUMENTS = {"text": "encoder_hidden_states", "pooled": "pooled_projections", "y": "class_labels"}
 ENCODED, DECODED = 2**22, 2**20  # pixels that a VAE is given at once, and gives: 64 and 16 images of 256x256
 T5 = ("text_encoder_3", "tokenizer_3")  # in a pipeline of Stable Diffusion 3
 
@@ -217,9 +216,8 @@ class MMDiT(Diffusers):
         for new, i in enumerate(keep):
             block = self.blocks[i].state_dict()
             if i == keep[-1] and i < len(self.blocks) - 1:
-                block = {
-                    name: w for name, w in block.items() if not name.startswith(("ff_context.", "attn.to_add_out."))
-                }
+                unread = "ff_context.", "attn.to_add_out."
+                block = {name: w for name, w in block.items() if not name.startswith(unread)}
                 for name in ("norm1_context.linear.weight", "norm1_context.linear.bias"):
                     shift, scale = block[name].chunk(6)[:2]  # the last block's norm has but these, the other way round
                     block[name] = torch.cat([scale, shift])

@@ -227,9 +227,8 @@ def distil(
 
     def method(name: str, loss: Loss) -> train.Method:
         """What a student of this loss learns from: the data and, beside it, the loss."""
-        return train.resolve(settings, "none")._replace(
-            name=name, output=lambda e_s, e_t, w, step: (loss(e_s, e_t, step), None)
-        )
+        alone = train.resolve(settings, "none")
+        return alone._replace(name=name, output=lambda e_s, e_t, w, step: (loss(e_s, e_t, step), None))
 
     if not record.exists():
         students = []
@@ -312,9 +311,8 @@ def trend(axis, found: dict[str, dict[str, Sequence[float]]], methods: Iterable[
     """A line for each method through its means, bars from least to most. found: {x: {method: a value per seed}}."""
     for name in methods:
         values, color = [one[name] for one in found.values()], COLORS[name]
-        axis.plot(
-            list(found), [sum(v) / len(v) for v in values], **{"marker": "o", "color": color, "label": name} | options
-        )
+        look = {"marker": "o", "color": color, "label": name} | options
+        axis.plot(list(found), [sum(v) / len(v) for v in values], **look)
         axis.vlines(list(found), [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.4)
     axis.margins(x=0.12)  # room for the names below the outer points
 
