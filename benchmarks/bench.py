@@ -96,9 +96,14 @@ TINY = {"channels": 32, "norm_groups": 8, "channel_mults": (1, 2), "num_res_bloc
 
 
 class Setup:
-    """The device, the networks and the batch of a run of this file."""
+    """The device, the networks and the batch of a run of this file; ValueError for flags that cannot be used."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        for name in ("threads", "repeat"):
+            if getattr(options, name) is not None:
+                check(flag(name), getattr(options, name), {"low": 1, "high": 10**4})
+        if options.threads:
+            torch.set_num_threads(options.threads)
         self.device = machine.find_device(options.device)
         self.quick, self.compile = options.quick, options.compile
         self.gpu = self.device.type == "cuda"
@@ -360,16 +365,6 @@ def overhead(b: Setup) -> Iterable[Row]:
 SECTIONS = {f.__name__: f for f in (loss, step, students, growth, sampling, ways, startup, overhead)}
 
 
-def opened(options: argparse.Namespace) -> Setup:
-    """What is measured with these flags; ValueError for those that cannot be."""
-    for name in ("threads", "repeat"):
-        if getattr(options, name) is not None:
-            check(flag(name), getattr(options, name), {"low": 1, "high": 10**4})
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return Setup(options)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("bench.py", __doc__, SECTIONS, "runs/bench.json")
     parser.add_argument("--show", metavar="FILE", help="measure nothing, print the tables of such a JSON")
@@ -378,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.show:
             print(saved(Path(options.show)))
             return 0
-        b = opened(options)
+        b = Setup(options)
     if b.authors is None:
         print("no --official DIR: nothing to compare with the authors' code")
     return answer(options, b, SECTIONS)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from benchmarks import answers, bench, calibrate
 from benchmarks.answers import Row
-from benchmarks.bench import Cases, Setup, opened
+from benchmarks.bench import Cases, Setup
 from distil import disk, machine, metrics, networks, students
 from distil.batches import draw
 from distil.command import check
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"machine": machine.describe(), "options": {"small": options.quick}, "official": bool(options.official)}
         result = started(path, about)
-        b = opened(options)
+        b = Setup(options)
         b.sections, b.folder, b.results = result["sections"], Path("runs", f"gpu-{path.stem}"), path.with_suffix("")
     with deadline(options.minutes):
         try:

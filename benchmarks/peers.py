@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     with machine.refusing("peers.py"):
-        b = bench.opened(options)
+        b = bench.Setup(options)
         b.tinyfusion = options.tinyfusion and tinyfusion(options.tinyfusion)
     return answers.answer(options, b, SECTIONS)
 

@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.set_defaults(device="cpu")
     options = parser.parse_args(arguments)
     with machine.refusing("shares.py"):
-        b = bench.opened(options)
+        b = bench.Setup(options)
     return answers.answer(options, b, SECTIONS)
 
 
