@@ -491,7 +491,9 @@ def distil(run: Run) -> dict[str, Any] | None:
         announce(run.metrics, folder)
         return run.metrics
     if run.teacher is None:
-        say(outlook(settings, run.images, *sketch(settings, run.images, student=run.student), trained=False))
+        with machine.refusing("train.py"):  # a teacher whose students cannot be made
+            pair = sketch(settings, run.images, student=run.student)
+        say(outlook(settings, run.images, *pair, trained=False))
     teacher = run.teacher or train_teacher(run)
     teacher.process = {"name": settings.process, **teacher.process}  # its students are saved with it
     process = process_of(teacher, **settings.of_time)
@@ -500,7 +502,8 @@ def distil(run: Run) -> dict[str, Any] | None:
     if settings.fold_steps is not None:
         process = own.fold(settings.fold_steps, settings.fold_end)  # of the students
         time = fold_of(teacher, process)
-    students, tapped = make_students(run, teacher, own, time)
+    with machine.refusing("train.py"):
+        students, tapped = make_students(run, teacher, own, time)
     if run.teacher is not None:
         say(outlook(settings, run.images, teacher, students[0].ema))
     teacher.settle(find_dtype(settings, run.device, frozen=True))

@@ -102,6 +102,8 @@ class Setup:
         for name in ("threads", "repeat"):
             if getattr(options, name) is not None:
                 check(flag(name), getattr(options, name), {"low": 1, "high": 10**4})
+        if options.out and Path(options.out).is_dir():
+            raise ValueError(f"--out {options.out} is a folder: name a file in it")
         if options.threads:
             torch.set_num_threads(options.threads)
         self.device = machine.find_device(options.device)

@@ -233,15 +233,15 @@ def run_settings(b: Setup, norms: str) -> Settings:
 def run(b: Setup, norms: str) -> Iterable[Row]:
     """Distils, repairs, samples and compares; rows as of a run's table."""
     settings, out = run_settings(b, norms), b.results / norms
+    few = ["--num", "6", "--fit", "6", "--ways", "plain", "calibrated"]
     try:
         train.main(settings)
+        release()
+        calibrate.main([settings.out, str(out), *(few if b.quick else ["--num", "600"])])
     except SystemExit as stop:
         if stop.code in (2, train.DIVERGED):  # the others say that the time is over
-            raise RuntimeError(f"train.py ended with exit code {stop.code}, its output says why") from stop
+            raise RuntimeError(f"it ended with exit code {stop.code}, its output says why") from stop
         raise
-    release()
-    few = ["--num", "6", "--fit", "6", "--ways", "plain", "calibrated"]
-    calibrate.main([settings.out, str(out), *(few if b.quick else ["--num", "600"])])
     for name in ("curves.png", "log.jsonl"):
         shutil.copy(Path(settings.out) / name, out)
     found = disk.read_json(out / "metrics.json", "remove it")

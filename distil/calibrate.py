@@ -66,7 +66,7 @@ class Calibration(nn.Module):
 
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             x_t, t = (*args, *kwargs.values())[:2]
-            corrected = self(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), output[0])
+            corrected = self.to(x_t.device)(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), output[0])
             return (corrected, *output[1:]) if isinstance(output, tuple) else type(output)(corrected)
 
         return module.register_forward_hook(hook, with_kwargs=True)
@@ -158,7 +158,7 @@ def fit_calibrations(
         ridge: draws the weights to 0, the identity; in units of a statistic's mean square.
         batch: images at a time. progress: wraps the loop over timesteps, for instance `tqdm`.
 
-    ValueError where outputs are not finite.
+    ValueError where outputs are not finite, or so large that no line can be found.
     """
     times, channels, cond, solutions = sorted(timesteps), images.shape[1], dict(cond or {}), []
     nulls = [net.no_condition() for net in (teacher, *students)]
@@ -183,7 +183,10 @@ def fit_calibrations(
         if not (grams.isfinite().all() and moments.isfinite().all()):
             raise ValueError(f"outputs are not finite at timestep {t:g}: nothing can be fitted to what has diverged")
         grams += ridge * draws * len(images) * torch.eye(10).double()
-        solutions.append(torch.linalg.solve(grams, moments).unflatten(2, (5, 2)).squeeze(4).float())
+        weights, singular = torch.linalg.solve_ex(grams, moments)
+        if singular.any() or not weights.isfinite().all():
+            raise ValueError(f"outputs are too large at timestep {t:g}: nothing can be fitted to what has diverged")
+        solutions.append(weights.unflatten(2, (5, 2)).squeeze(4).float())
     about = {"teacher": fingerprint(teacher.state_dict().values())}
     about |= {"images": len(images), "draws": draws, "ridge": ridge, "seed": seed}
     found = []

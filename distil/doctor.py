@@ -8,6 +8,7 @@ line for each image and channel explains; what the sampler makes of the first er
 samples; and one line of advice. Writes nothing but `runs/cache`.
 """
 
+import copy
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -109,7 +110,8 @@ def open_case(run: Path, flags: sample.Flags, images: str | None = None, n: int 
     elif flags.teacher:
         teacher = teachers.load(flags.teacher)
     else:
-        teacher = prepare.open_teacher(settings, real, prepare.open_network("teacher", settings))
+        given = prepare.open_network("teacher", settings)
+        teacher = prepare.open_teacher(settings, real, given, its_own=images is None)
     if teacher is None:
         raise ValueError(f"the teacher of {run} is not kept here: name it with --teacher")
     if flags.teacher is None:
@@ -166,8 +168,9 @@ def run_settings(folder: Path) -> Settings | None:
 
 
 def first_gain(process: Process, t: float) -> float:
-    """By how much the error of the first output is larger in the image that is predicted from it alone."""
-    x = torch.zeros(1, 1, 1, 1)
+    """By how much the error of the first output is larger in the image that is predicted from it alone, unclamped."""
+    x, process = torch.zeros(1, 1, 1, 1), copy.copy(process)
+    process.clip_x0 = False
     said, other = (process.step(x, output, t, process.clean) for output in (x, x + 1e-3))
     return (other - said).abs().item() * 1e3
 
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
             share = (total - fine) / total if total else 0.0
             found.append([f"{t:.0f}", *(f"{value:.3f}" for value in (total, share, *line))])
         print(f"\n{name}: {lonely} of {norms} norms have one channel a group, which erases its mean and scale")
-        print(f"an error of the first output is {gain:.3g} times as large in the image that the sampler makes of it\n")
+        print(f"an error of the first output is {gain:.3g} times as large in the image made of it, before clamping\n")
         print(report.aligned([["t", "distance of outputs", "share of a line", "mean |b0|", "mean |b1 - 1|"], *found]))
         print(f"\n{report.table([teacher, *its])}\n")
         distances, where = {row["method"]: row["teacher_mse"] for row in its}, shlex.quote(str(case.folders[name]))

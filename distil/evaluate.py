@@ -13,6 +13,7 @@ Inception is used only with `--num`; below 10,000 samples its distance is called
 `python -m distil.sample` draws images and measures nothing.
 """
 
+import math
 import os
 import sys
 from collections import Counter
@@ -323,6 +324,8 @@ def fid(flags: Flags, job: sample.Job, rooms: dict, real: metrics.Reference, ext
         options = {"k": flags.k, "classes": getattr(extract, "classes", None), "device": search}
         row = {"name": name, "n": job.count, **metrics.feature_scores(real, fake, shuffle=bool(job.prompts), **options)}
         row |= {"non_finite": int((done == 2).sum()), **sizes(net)}
+        if row["non_finite"]:  # stored as pixels they would count as images
+            row |= {name: math.inf for name in ("frechet", "kid") if row[name] is not None}
         about = {"protocol": protocol, "machine": machine.describe()}
         disk.write_json(Path(flags.out) / name / "scores.json", row | about)
         rows.append(row)

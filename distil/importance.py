@@ -46,7 +46,8 @@ def accumulate_gradients(
                 prediction, target = net(process.add_noise(x0, noise, t), t, cond), process.target(x0, noise, t)
                 loss = F.mse_loss(prediction.float(), target.float(), reduction="sum") / len(x0)
                 if not loss.isfinite():
-                    raise ValueError(f"the loss at timestep {step} is {loss.item()}: no importance can be told from it")
+                    what = f"the teacher's loss at timestep {step} is {loss.item()}, so it says no importance"
+                    raise ValueError(f"{what}: train or name another one")
                 largest = max(largest, loss.item())
                 if loss.item() < thr * largest:
                     break
@@ -80,7 +81,7 @@ def block_influence(
 
     def watch(i: int, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         before, after = net.block_tokens(args, kwargs, output)  # (B, N, D) each
-        cosines[i] = F.cosine_similarity(before.float(), after.float(), dim=-1).mean().double().cpu()
+        cosines[i] = F.cosine_similarity(before.float(), after.float(), dim=-1).mean().cpu().double()
 
     hooks = [block.register_forward_hook(partial(watch, i), with_kwargs=True) for i, block in enumerate(net.blocks)]
     net.eval()
@@ -196,7 +197,8 @@ def learned_blocks(
             torch.manual_seed(machine.hash_seed(seed, step, machine.rank_and_world()[0]))
             for loss in losses(gated, step):
                 if not loss.isfinite():
-                    raise ValueError(f"the loss at step {step} of choosing blocks is {loss.item()}: nothing is learnt")
+                    what = f"the loss at step {step} of choosing blocks is {loss.item()}"
+                    raise ValueError(f"{what}: name another teacher or --depth-method")
                 loss.backward()
             for p in (gated.gates, *learned):
                 p.grad = machine.mean_over_ranks(p.grad)

@@ -186,10 +186,10 @@ def _record(vae: Any, text: Any, found: Captioned, labels: list[int] | None, ima
 
 
 def _begin(out: Path, record: dict[str, Any], labels: list[int] | None, text: Any, rank: int) -> None:
-    """Rank 0 writes all but the shards, the record last; ValueError if there is another record already."""
+    """Rank 0 writes all but the shards, the record last; ValueError if there are shards of another record already."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / data.RECORD
-    if path.exists():
+    if path.exists() and any(out.glob("latents-*.npy")):
         former = disk.read_json(path, "encode again, into an empty folder")
         differ = [f"{key} was {former.get(key)}, is {record[key]}" for key in record if former.get(key) != record[key]]
         if differ:
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--no-t5", action="store_true", help="without Stable Diffusion 3's largest text encoder: text 9 times smaller")
     tables = "with --text: one with metadata.csv or metadata.jsonl (file_name, text), or WebDataset tars"
     add("--data", required=True, type=Path, help=f"folder of images; sub-folders are classes; {tables}")
-    add("--out", required=True, type=Path, help="folder for the latents")
+    add("--out", required=True, help="folder for the latents")
     add("--image-size", type=int, default=256, help="pixels [%(default)s]")
     add("--batch", type=int, default=32, help="images at a time [%(default)s]")
     add("--seed", type=int, default=0, help="of the samples of the posterior [%(default)s]")
@@ -248,12 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     sizes = {"image_size": options.image_size, "batch": options.batch, "seed": options.seed}
     with machine.refusing("distil.latents"):
+        command.check("--out", options.out, {"folder": True})
         for name, value in sizes.items():
             command.check(command.flag(name), value, command.SEED if name == "seed" else {"low": 1, "high": 4096})
         device = machine.find_device(options.device)
         vae = text_to_image.Vae(options.vae, device)
         text = text_to_image.TextEncoder(options.text, device, not options.no_t5) if options.text else None
-        record = encode(vae, options.data, options.out, text=text, **sizes)
+        record = encode(vae, options.data, Path(options.out), text=text, **sizes)
     if (machine.launched() or (0, 1))[0] == 0:
         known = "captions" if options.text else f"{record['classes']} classes"
         print(f"{record['count']:,} images, latents {tuple(record['size'])}, {known}: {options.out}")

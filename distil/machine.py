@@ -228,6 +228,21 @@ def library(name: str, purpose: str, install: str) -> Any:
         raise ImportError(f"{purpose} needs {name}: pip install {install}") from error
 
 
+class Copy:
+    """A whole number () on its way from a device; asking for it waits for that, not for what comes after it."""
+
+    def __init__(self, value: Tensor):
+        self.value = value.to("cpu", non_blocking=True)
+        self.there = torch.cuda.Event() if value.is_cuda else None
+        if self.there:
+            self.there.record()
+
+    def number(self) -> int:
+        if self.there:
+            self.there.synchronize()
+        return int(self.value)
+
+
 class Stop:
     """Inside the block the first Ctrl-C or SIGTERM is answered at once and noted, so that a step is finished and saved
     before the end. The next one ends the process; what comes within a second is the same, for launchers repeat it.
@@ -273,8 +288,9 @@ class Stop:
         else:
             found = torch.full((), self.number, device=device)  # no copy to it
             dist.all_reduce(found, dist.ReduceOp.MAX)
-            before, self.before = self.before, found
-            self.said = int(found if last else before) if last or before is not None else 0
+            before, self.before = self.before, Copy(found)
+            asked = self.before if last else before
+            self.said = 0 if asked is None else asked.number()
         return self.said
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

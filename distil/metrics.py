@@ -70,7 +70,7 @@ def macs(net: Network) -> int:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The pixels in [-1, 1]; of images larger than 16x16 the block means, so that D stays below their number."""
+    """The pixels in [-1, 1]; of images larger than 16x16 the means of 16x16 blocks."""
     size = [min(side, 16) for side in images.shape[2:]]
     return F.adaptive_avg_pool2d(images / 127.5 - 1, size).flatten(1)
 
@@ -295,9 +295,11 @@ def feature_scores(
             found = precision_recall(real.features.to(device), fake.to(device), k)
             scores |= dict(zip(("precision", "recall"), found, strict=True))
     if classes is not None:
-        from torch_fidelity.metric_isc import isc_features_to_metric  # of 10 parts: ADM takes parts of 5,000 of 50,000
+        from torch_fidelity.metric_isc import isc_features_to_metric
 
-        scores["inception_score"] = isc_features_to_metric(fake @ classes.T, shuffle=shuffle)["inception_score_mean"]
+        parts = 10 if shuffle else math.ceil(len(fake) / 5000)  # torch-fidelity's of prompts, ADM's of classes
+        options = {"shuffle": shuffle, "splits": min(parts, len(fake))}
+        scores["inception_score"] = isc_features_to_metric(fake @ classes.T, **options)["inception_score_mean"]
     return scores
 
 

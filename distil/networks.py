@@ -80,20 +80,26 @@ def new_network(settings: Settings, images: data.Images) -> Network:
 def network_config(settings: Settings) -> dict[str, Any]:
     """How a new teacher is built, beside its width: as its preset says, and a U-Net as its width and size allow.
 
-    As many of its levels as halve the image size without rest; groups of about four channels, where the preset says
-    nothing (32 groups of the published 128 channels). ValueError for a size that cannot be halved.
+    As many of its levels as halve the image size without rest, the last of 2 pixels or more; groups of about four
+    channels, where the preset says nothing (32 groups of the published 128 channels). ValueError for other sizes.
     """
     config, size = dict(preset(settings.dataset, settings.prune, settings.arch)["network"]), settings.image_size
     if "channel_mults" not in config:
         return config
-    fit = next((n for n in range(len(config["channel_mults"]), 1, -1) if size % 2 ** (n - 1) == 0), 0)
+    fit = next((n for n in range(len(config["channel_mults"]), 1, -1) if size % 2 ** (n - 1) == 0 < size // 2**n), 0)
     config["channel_mults"] = settings.channel_mults or config["channel_mults"][:fit]
     if not config["channel_mults"]:
         remedy = f"use --image-size {size - size % 8 or 8}, or one level with --channel-mults 1"
         raise ValueError(f"--image-size {size} cannot be halved, which a U-Net does between its levels: {remedy}")
+    if (n := len(config["channel_mults"])) > 1 and size < 2**n:
+        fewer = ",".join(map(str, config["channel_mults"][: max(1, size.bit_length() - 1)]))
+        raise ValueError(f"--image-size {size} has one pixel in the last of {n} levels: use --channel-mults {fewer}")
     if settings.num_res_blocks:
         config["num_res_blocks"] = settings.num_res_blocks
     groups = settings.teacher_norm_groups or config.get("norm_groups") or models.usual_groups(settings.channels)
+    if settings.channels % groups:
+        remedy = f"give a multiple of {groups}, or --teacher-norm-groups that divide it"
+        raise ValueError(f"--channels {settings.channels} cannot be split into {groups} groups: {remedy}")
     return config if groups == config.get("norm_groups", 32) else config | {"norm_groups": groups}
 
 

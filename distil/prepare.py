@@ -97,15 +97,17 @@ class Opened(NamedTuple):
     size: int | None = None  # their height and width; None: of a checkpoint file the settings say it
 
 
-def open_teacher(settings: Settings, images: data.Images, given: Opened | None = None) -> Network | None:
-    """The teacher; None where it has to be trained first."""
+def open_teacher(
+    settings: Settings, images: data.Images, given: Opened | None = None, its_own: bool = True
+) -> Network | None:
+    """The teacher; None where it has to be trained first. its_own: whether these must be the images of its training."""
     if given is None:
         with torch.device("meta"):
             new_network(settings, images)  # refuses data that no teacher can be made for
         folder = Path(teacher_settings(settings).out)
         if not (folder / "teacher" / "config.json").exists():
             return None
-        if (seen := folder / SEEN).exists():  # earlier versions did not write it
+        if its_own and (seen := folder / SEEN).exists():  # earlier versions did not write it
             remedy = f"bring them back as they were, or remove {folder}, and a teacher of these is trained"
             refuse_other_data(disk.read_json(seen, remedy), images.about, folder / "teacher", remedy)
         given = Opened(lambda images: teachers.load(folder / "teacher"))
@@ -155,8 +157,6 @@ def fitted(name: str, opened: Opened | None, settings: Settings, images: data.Im
     net = opened.build(images)
     what = f"{flag(name)} {getattr(settings, name)}"
     check_name(what, net, settings.process)
-    if net.predicts_variance and settings.is_flow:
-        raise ValueError(f"{what} predicts a variance, of which the process {settings.process} has none")
     check_conditions(what, net.conditions, settings.data, images, net.num_classes)
     try:
         net.fit(images.shape, images.no_condition, settings.caption_dropout)
@@ -233,6 +233,8 @@ def dry_run(settings: Settings) -> str:
     else:
         lines.append(f"data: {settings.data}" + ("" if Path(settings.data).is_dir() else " is missing"))
     lines.append(f"teacher: {file}" + ("" if there else f" {otherwise}"))
+    if start is None and settings.student is not None and settings.student not in SD_STUDENTS:
+        lines.append(f"student: {settings.student} is missing, or a hub id")
     images = pretended(settings, given and given.channels)
     if images is not None and (there or usual):
         check_images(settings, images)

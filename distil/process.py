@@ -240,7 +240,9 @@ class DDPM(Process):
             if not 1 <= steps <= self.steps:
                 raise ValueError(f"a process of {self.steps} timesteps folds to 1 to {self.steps} steps, not {steps}")
             if end == "published" and 1 == steps < self.steps:
-                raise ValueError("the published fold to 1 step is t = 0 alone, an image without noise: let it end last")
+                raise ValueError(
+                    "the published fold to 1 step is t = 0 alone, without noise: let it end last, --fold-end last"
+                )
             ends = [(t + 1) * self.steps // steps - 1 for t in range(steps)]
             steps = [t * (self.steps // steps) for t in range(steps)] if end == "published" else ends
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0 or steps[-1] >= self.steps:
@@ -418,9 +420,10 @@ class RectifiedFlow(Process):
     The network gets t = 1000 s as floats, so it may be the same as for DDPM. Training times are logit-normal.
 
     shift: m moves all times, in training and in sampling, towards the noise: s -> m s / (1 + (m - 1) s). SD3 takes 3; 1
-    leaves them. It is applied once. (diffusers' FlowMatchEulerDiscreteScheduler applies it twice when it is asked for a
-    NUMBER of steps: 4 steps at shift 3 visit t = 1000, 857.7, 602.2, 8.9. Given the sigmas of
-    `RectifiedFlow().timesteps(4)` / 1000, as diffusers' own Flux pipeline does, it visits ours: 1000, 900, 750, 500.)
+    leaves them. (diffusers' FlowMatchEulerDiscreteScheduler, asked for a NUMBER of steps, ends its grid at the smallest
+    time of training, so that its last step does almost nothing: 4 steps visit t = 1000, 667, 334, 1 and at shift 3
+    1000, 857.7, 602.2, 8.9. Given the sigmas of `RectifiedFlow().timesteps(4)` / 1000, as diffusers' own Flux pipeline
+    does, it visits ours: 1000, 900, 750, 500.)
     ValueError if it is not above 0.
     """
 
@@ -496,9 +499,11 @@ def check_guidance(what: str, net: nn.Module, scale: float) -> None:
 
 
 def check_name(what: str, net: nn.Module, name: str) -> None:
-    """ValueError where a network, called `what`, knows that its process has another name."""
+    """ValueError where a network, called `what`, knows another process, or predicts a variance that it has not."""
     if (theirs := net.process.get("name", name)) != name:
         raise ValueError(f"{what} was trained for the process {theirs}: use --process {theirs}")
+    if net.predicts_variance and PROCESSES[name][0] == "flow":
+        raise ValueError(f"{what} predicts a variance, of which the process {name} has none")
 
 
 def check_sampler(process: Process, steps: int, eta: float) -> None:

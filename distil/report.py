@@ -123,11 +123,13 @@ def aligned(lines: list[list[str]]) -> str:
 
 def fid_table(rows: list[dict[str, Any]], features: str) -> str:
     """A line per network of name, n, frechet, kid, inception_score, precision, recall, non_finite, parameters, macs.
-    Only with `features` (their extractor's name) of Inception the columns are FID (FID@n below 10,000) and KID."""
+    Only with `features` (their extractor's name) of Inception the columns are FID and KID; below 10,000 images FID@n,
+    IS@n."""
     names, n = ("Frechet", "MMD"), rows[0]["n"]
+    few = "" if n >= 10_000 else f"@{n}"
     if features.startswith("inception-"):
-        names = ("FID" if n >= 10_000 else f"FID@{n}", "KID")
-    lines = [["network", *names, "IS", "precision", "recall", "not finite", "params", "MACs"]]
+        names = (f"FID{few}", "KID")
+    lines = [["network", *names, f"IS{few}", "precision", "recall", "not finite", "params", "MACs"]]
     formats = {"frechet": ".2f", "kid": ".5f", "inception_score": ".2f", "precision": ".3f", "recall": ".3f"}
     for row in rows:
         values = ["-" if row.get(key) is None else format(row[key], form) for key, form in formats.items()]

@@ -112,7 +112,7 @@ def sample(net: Network, process: Process, n: int, **options: Any) -> Tensor:
 
 
 def visible(samples: Tensor) -> np.ndarray:
-    """Samples (n, C, H, W) as they are looked at: uint8, clamped, gray where a pixel is no number."""
+    """Samples (n, C, H, W) as they are looked at: uint8, clamped, where a pixel is NaN gray."""
     return data.to_uint8(samples.nan_to_num()).cpu().numpy()
 
 

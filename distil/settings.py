@@ -208,10 +208,11 @@ class Settings:
         chosen = drawn[1] != "random" or self.student or self.keep or self.prune == 0
         chosen = chosen and self.head is None and not SD_STUDENTS.get(self.student)  # these draw weights as well
         if len(self.seeds) > 1 and self.dropout == 0 and self.init != "random" and chosen:
+            prune = "" if self.student or self.keep or self.prune == 0 else f"prune with {drawn[0]} random, or "
             raise ValueError(
                 f"--seeds {' '.join(map(str, self.seeds))} would train the same student several times, for without "
-                "dropout a seed draws nothing but random channels, blocks or weights: prune with "
-                f"{drawn[0]} random, or use --init random, or one seed"
+                "dropout a seed draws nothing but random channels, blocks or weights: "
+                f"{prune}use --init random, or one seed"
             )
         if self.group_size % (n := 2**self.halve_group_size) or self.group_size < 2 * n:
             raise ValueError(

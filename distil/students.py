@@ -196,7 +196,9 @@ class Student:
         self.adapters = [p for p in self.model.parameters() if p not in own]
 
     def _distribute(self) -> None:
-        self.parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
+        self.parallel = (
+            DistributedDataParallel(self.model, broadcast_buffers=False) if dist.is_initialized() else self.model
+        )
 
     def learned_weight(self, coarse: Tensor) -> Tensor:
         """w as a parameter, in (0, 1), whatever the coarse term: (1,)."""
@@ -261,6 +263,8 @@ class Student:
             for name, moment in moments.items():
                 if moment.ndim:  # fused AdamW takes them to lie in memory as the weight does, which devices differ in
                     moments[name] = torch.empty_like(weight).copy_(moment)
+                elif self.optimizer.defaults["fused"]:
+                    moments[name] = moment.to(weight.device)
         self.remember(state)
 
     def history(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ One thread for all tests and the processes that they start: networks so small wo
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests are of the CPU, on machines with a GPU too
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is: a name that is no folder is refused at once
 
 import contextlib

@@ -72,6 +72,7 @@ def test_the_command_finds_the_modules_of_the_repository(tmp_path):
         (["--show", "wrong.json"], "wrong.json is not what a benchmark writes"),
         (["--repeat", "-1"], "--repeat -1 cannot be used, it must be at least 1"),
         (["--threads", "0"], "--threads 0 cannot be used, it must be at least 1"),
+        (["--quick", "--out", "."], "--out . is a folder: name a file in it"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):

@@ -123,6 +123,10 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path, monkeypatch, capsys):
     for student, teacher in ((wild, a_unet()), (a_unet(), wild)):
         with pytest.raises(ValueError, match="outputs are not finite at timestep 400: "):
             calibrate.fit_calibrations([a_unet(), student], teacher, DDPM(), x0, [400, 800])
+    large = a_unet(1)
+    large.conv_out.bias.data += 1e10  # finite, but all statistics of it are the same
+    with pytest.raises(ValueError, match="outputs are too large at timestep 400: "):
+        calibrate.fit_calibrations([large], a_unet(), DDPM(), x0, [400])
     monkeypatch.chdir(tmp_path)
     wild.save("wild")
     a_unet().save("teacher")
@@ -351,6 +355,8 @@ def test_a_student_in_a_run_finds_its_teacher_and_another_is_told(folder, tmp_pa
     assert calibrate.main([str(tmp_path / "alone"), *told, *few]) == 0
     assert "2 timesteps fitted on 7 images" in capsys.readouterr().out
     assert (tmp_path / "alone" / FILE).is_file()
+    other = open_case(Path("runs/tiny"), sample.Flags(), images=str(tmp_path))  # than the teacher was trained on
+    assert {*inside.students} < {*other.students} and len(other.real.images) < 10
     shutil.rmtree("runs/teachers")
     assert "the teacher of runs/tiny is not kept here" in refused(calibrate.main, ["runs/tiny"], capsys)
 

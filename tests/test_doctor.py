@@ -93,6 +93,7 @@ def test_norms_of_one_channel_a_group_are_named_as_the_cause():
 def test_the_sampler_multiplies_the_first_error():
     noisiest = DDPM().alpha_bar[980].item()
     assert doctor.first_gain(DDPM(), 980) == pytest.approx(((1 - noisiest) / noisiest) ** 0.5, rel=1e-3)
+    assert doctor.first_gain(DDPM(clip_x0=True), 980) == doctor.first_gain(DDPM(), 980)  # before clamping
     assert doctor.first_gain(RectifiedFlow(), 1000.0) == pytest.approx(1.0)
 
 

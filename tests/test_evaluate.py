@@ -240,15 +240,23 @@ def test_images_are_scored_as_a_published_table_was(capsys):
     assert evaluate.main(["net", *flags, "--guidance", "1", "--resize", "16", "--npz"], extract) == 0
     out = capsys.readouterr().out
     assert "precision and recall k=3" in out and "reference.npz (120 images), 110 generated" in out
-    assert "resized to 16x16" in out and "eta 1" in out and "float32" in out and " IS |" in out
+    assert "resized to 16x16" in out and "eta 1" in out and "float32" in out and " IS@110 |" in out
     images = np.load("runs/evaluation/net/samples.npz")["arr_0"]  # (N, H, W, C), not resized
     assert images.shape == (110, 8, 8, 1) and images.dtype == np.uint8
     seen = extract(torch.from_numpy(pictures.squash(images.transpose(0, 3, 1, 2), 16)))
     found = json.loads(Path("runs/evaluation/net/scores.json").read_text())
-    assert found["inception_score"] == pytest.approx(
-        isc_features_to_metric(seen @ classes.T, shuffle=False)["inception_score_mean"]
-    )
+    expected = isc_features_to_metric(seen @ classes.T, shuffle=False, splits=1)["inception_score_mean"]
+    assert found["inception_score"] == pytest.approx(expected)
     assert found["precision"] == metrics.precision_recall(extract(torch.from_numpy(real)), seen, 3)[0]
+
+
+def test_images_that_are_not_finite_are_not_scored_as_the_gray_that_they_are_stored_as():
+    lost = a_unet()
+    lost.conv_out.bias.data.fill_(1e38)
+    lost.save("lost")
+    assert evaluate.main(["lost", *FEW, "--num", "12", "--out", "scored"], means) == 0
+    found = json.loads(Path("scored/lost/scores.json").read_text())
+    assert found["non_finite"] == 12 and found["frechet"] == found["kid"] == "Infinity"
 
 
 @pytest.mark.slow

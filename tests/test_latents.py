@@ -344,6 +344,16 @@ def test_a_folder_of_latents_that_is_not_whole_is_refused(change, message, works
         data.load("latents", "latents")
 
 
+def test_images_may_change_until_there_are_latents_of_them(workspace, capsys):
+    broken = Path("images/ant/odd.png")
+    broken.write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        command(out="new")
+    assert "remove or repair them" in capsys.readouterr().err
+    broken.unlink()
+    assert command(out="new") == 0 and contents("new") == contents("latents")
+
+
 def test_another_image_size_is_refused(workspace):
     with pytest.raises(ValueError, match=r"has images of 16 pixels, not of 32: use --image-size 16"):
         data.load("latents", "latents", image_size=32)
@@ -360,6 +370,7 @@ def test_another_image_size_is_refused(workspace):
         ({"more": ["--seed", "-1"]}, "--seed -1"),
         ({"more": ["--device", "cuda:99"]}, "--device cuda:99 is not on this machine"),
         ({"more": ["--colour"]}, "unrecognized arguments: --colour"),
+        ({"out": ""}, "--out '' cannot be used"),
         ({"vae": "other-vae", "out": "latents"}, "made otherwise (vae was vae, is other-vae"),
         ({"missing": "diffusers"}, 'pip install -e ".[sd]"'),
     ],

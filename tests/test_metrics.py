@@ -158,10 +158,16 @@ def test_inception_score_equals_torch_fidelity():
     theirs = pytest.importorskip("torch_fidelity.metric_isc").isc_features_to_metric
     fake, classes = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)), torch.randn(12, 6)
     fake += 5 * torch.eye(6).repeat_interleave(10, 0)  # neighbours are alike
-    for shuffle in (False, True):  # as ADM takes images, in their order, and as BK-SDM does
-        expected = theirs(fake @ classes.T, shuffle=shuffle)["inception_score_mean"]
-        real = metrics.Reference("", metrics.gaussian(fake), None)
-        found = metrics.feature_scores(real, fake, classes=classes, shuffle=shuffle)
+    real = metrics.Reference("", metrics.gaussian(fake), None)
+    # as ADM takes images, in their order and in parts of 5,000, and as BK-SDM does, in ten parts
+    for images, shuffle, splits in (
+        (fake, False, 1),
+        (fake.repeat(84, 1), False, 2),
+        (fake, True, 10),
+        (fake[:4], True, 4),
+    ):
+        expected = theirs(images @ classes.T, shuffle=shuffle, splits=splits)["inception_score_mean"]
+        found = metrics.feature_scores(real, images, classes=classes, shuffle=shuffle)
         assert found["inception_score"] == pytest.approx(expected, rel=1e-9)
 
 

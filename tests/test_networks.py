@@ -69,6 +69,7 @@ def gray(size: int, channels: int = 1) -> data.Images:
         ("", (1, 2, 2, 2), None),  # as published: 32 of 128 channels
         ("--channels 32", (1, 2, 2, 2), 8),
         ("--channels 32 --image-size 28", (1, 2, 2), 8),
+        ("--channels 32 --image-size 8", (1, 2, 2), 8),  # no level of one pixel
         ("--channels 20 --image-size 16 --channel-mults 1,2", (1, 2), 5),
         ("--channels 32 --teacher-norm-groups 4 --image-size 30", (1, 2), 4),
         ("--channels 8 --image-size 33 --channel-mults 1", (1,), 2),
@@ -91,8 +92,15 @@ def test_a_network_of_our_own_fits_its_width_and_its_images(arguments, mults, gr
     ("arguments", "message"),
     [
         ("--image-size 33", "--image-size 33 cannot be halved, .*: use --image-size 32, or one level with"),
+        (
+            "--image-size 16 --channel-mults 1,2,2,2,2",
+            "one pixel in the last of 5 levels: use --channel-mults 1,2,2,2$",
+        ),
         ("--image-size 28 --channel-mults 1,2,2,2", "image_size 28 cannot be halved 3 times"),
-        ("--channels 20 --teacher-norm-groups 8", "cannot be split into 8 groups"),
+        (
+            "--channels 20 --teacher-norm-groups 8",
+            "--channels 20 cannot be split into 8 groups: give a multiple of 8, or",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused(arguments, message, on_gpu):

@@ -290,13 +290,17 @@ def test_a_flow_starts_from_pure_noise_whatever_rounding_makes_of_its_shift(shif
     assert process.sample(lambda x, t, cond: 0 * x, start.shape, 3, noise=start).equal(start)
 
 
-def test_a_number_of_steps_shifts_twice_in_diffusers_and_once_here():
+def test_diffusers_ends_a_number_of_steps_at_the_smallest_time_of_training():
     """The documented difference. Should diffusers change this, the docstring of RectifiedFlow has to change too."""
     theirs = diffusers_flow(3.0)
     theirs.set_timesteps(4)
     assert theirs.timesteps.tolist() == pytest.approx([1000, 857.7, 602.2, 8.93], abs=0.1)
+    plain = diffusers_flow(1.0)
+    plain.set_timesteps(4)
+    assert plain.timesteps.tolist() == pytest.approx([1000, 667, 334, 1])
     assert RectifiedFlow(3.0).timesteps(4) == pytest.approx([1000, 900, 750, 500])
-    assert "1000, 857.7, 602.2, 8.9" in RectifiedFlow.__doc__ and "1000, 900, 750" in RectifiedFlow.__doc__
+    assert "1000, 857.7, 602.2, 8.9" in RectifiedFlow.__doc__ and "1000, 667, 334, 1" in RectifiedFlow.__doc__
+    assert "1000, 900, 750" in RectifiedFlow.__doc__
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

@@ -395,6 +395,7 @@ def networks(tmp_path_factory):
         (["sure", "--guidance", "2"], "sure was trained with a class for every image, so it cannot be guided: use --"),
         (["net", "--sampler", "pndm", "--sample-steps", "1"], "PNDM takes a number of 2 to 999 steps, got 1"),
         (["net", "--sampler", "pndm", "--sample-steps", "1000"], "PNDM takes a number of 2 to 999 steps, got 1000"),
+        (["sure", "--process", "flow"], "sure predicts a variance, of which the process flow has none"),
         (["flow", "--process", "ddpm"], "flow was trained for the process flow: use --process flow"),
         (["flow", "--clip-x0"], "--clip-x0 is of DDPM, and flow is sampled by Euler steps: leave it out"),
         (["net", "--sampler", "pndm", "--clip-x0"], "eta 0 and no clip_x0"),

@@ -889,6 +889,17 @@ def test_the_sentence_of_a_student_that_diverges_and_a_step_that_does_alone(monk
     assert log("once")[-1]["skipped"] == 1 and "stopped" not in found("once")["students"][0]
 
 
+def test_a_teacher_whose_outputs_are_not_finite_says_no_importance(capsys):
+    lost = a_unet()
+    lost.conv_out.bias.data.fill_(1e38)
+    lost.save("lost")
+    arguments = ["--teacher", "lost", "--importance", "taylor", "--steps", "2", "--eval-samples", "0"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(parse([*arguments, "--device", "cpu", "--out", "runs/lost"]))
+    said = capsys.readouterr().err.splitlines()[-1]  # after the bar of its progress
+    assert stop.value.code == 2 and said.startswith("train.py: error: the teacher's loss at timestep 0 is inf")
+
+
 @pytest.mark.usefixtures("_quick")
 def test_a_teacher_that_diverges_is_not_kept(monkeypatch, capsys):
     spoiled(monkeypatch, "none", range(99))
