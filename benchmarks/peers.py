@@ -215,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with machine.refusing("peers.py"):
         b = bench.Setup(options)
+        if b.device.type != "cpu":
+            raise ValueError("this is measured on a CPU: leave --device out")
         b.tinyfusion = options.tinyfusion and tinyfusion(options.tinyfusion)
     return answers.answer(options, b, SECTIONS)
 

@@ -116,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with machine.refusing("shares.py"):
         b = bench.Setup(options)
+        if b.device.type != "cpu":
+            raise ValueError("this is measured on a CPU: leave --device out")
     return answers.answer(options, b, SECTIONS)
 
 
