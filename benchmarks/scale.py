@@ -164,29 +164,29 @@ def by_size(path: Path) -> None:
 
 
 def first_error(path: Path) -> None:
-    """What the error of the first output says of the samples, against how they are: a mark for each student of a tenth
-    of the channels and the first teacher."""
-    runs = {about: run for about, run in results().items() if about[1::2] == (0.9, True)}
-    found = [(size, norms, row) for (size, _, norms, _), run in runs.items() for row in run["first_errors"]]
-    sizes, marks = sorted({size for size, *_ in found}), dict(zip(STEPS, "os^", strict=False))
-    figure, axes = panels(1, len(sizes), width=11 / len(sizes), height=4.2, sharex=True, sharey=True, squeeze=False)
-    axes = axes[0]
+    """What the error of the first output says of the samples, against how they are: a mark for each student, of both
+    teachers, and each sampler; a row of panels for each share of the channels that was pruned."""
+    found = [(*about[:3], row) for about, run in results().items() for row in run["first_errors"]]
+    sizes, shares = sorted({size for size, *_ in found}), sorted({share for _, share, *_ in found}, reverse=True)
+    marks, layout = dict(zip(STEPS, "os^", strict=False)), (len(shares), len(sizes))
+    figure, axes = panels(*layout, width=11 / len(sizes), height=3.7, sharex=True, sharey=True, squeeze=False)
     ends = [pick(row[key] for *_, row in found for key in ("predicted", "measured")) for pick in (min, max)]
-    for axis, size in zip(axes, sizes, strict=True):
+    for axis, (share, size) in zip(axes.flat, product(shares, sizes), strict=True):
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-        for norms, row in [(norms, row) for of, norms, row in found if of == size and row["steps"] in marks]:
+        of_panel = [(norms, row) for *about, norms, row in found if about == [size, share] and row["steps"] in marks]
+        for norms, row in of_panel:
             color = report.COLORS[row["method"]]
             look = {"color": color, "markerfacecolor": color if norms == "keep" else "none", "markersize": 5}
             axis.plot(row["predicted"], row["measured"], marks[row["steps"]], **look)
-        axis.set_title(f"{size}x{size}")
-        axis.set(xlabel="predicted", ylabel="measured" if axis is axes[0] else "")
+        axis.set_title(f"{size}x{size}, {share:.0%} pruned")
+        axis.set(xlabel="predicted" if axis in axes[-1] else "", ylabel="measured" if axis in axes[:, 0] else "")
     for axis in "xy":
-        report.log_scale(axes[0], axis)
+        report.log_scale(axes[0, 0], axis)
     entries = {method: {"color": report.COLORS[method], "marker": "o"} for method in METHODS}
     entries |= {f"{n} steps": {"color": "gray", "marker": mark} for n, mark in marks.items()}
     entries["norms scaled"] = {"color": "gray", "marker": "o", "markerfacecolor": "none"}
     for label, look in entries.items():
-        axes[0].plot([], [], linestyle="", markersize=5, label=label, **look)
+        axes[0, 0].plot([], [], linestyle="", markersize=5, label=label, **look)
     figure.legend(loc="outside right")
     figure.savefig(path, dpi=90)
 

@@ -224,8 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         for folder in case.folders.values():
             if not os.access(folder, os.W_OK):
                 raise OSError(f"the calibration belongs into {folder}, which cannot be written: give a copy of it")
-        Path(flags.out).mkdir(parents=True, exist_ok=True)
         calibrations = case.fit()
+        Path(flags.out).mkdir(parents=True, exist_ok=True)
     ways, picture = [], Path(flags.out) / "calibration.png"
     with machine.refusing("distil.calibrate", (OSError,)):
         for name, calibration in calibrations.items():
