@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -133,25 +134,26 @@ def table(prune: float = 0.9, first: bool = True) -> str:
 
 
 def by_size(path: Path) -> None:
-    """Distance against image size, a tenth of the channels and the first teacher: means over seeds, least to most."""
+    """Distance against image size, a tenth of the channels: means over the students of both teachers, least to most."""
     figure, axes = panels(2, 2, width=5.5, height=3.5, sharey="row")
     scores = {"frechet_pixels": "Frechet px", "teacher_mse": "MSE to the teacher's samples"}
     sizes = sorted({size for size, *_ in results()})
     for axis, ((key, score), norms) in zip(axes.flat, product(scores.items(), NORMS), strict=True):
-        runs = {one[0]: run for one, run in results().items() if one[1:] == (0.9, norms, True)}
+        runs = {size: [run for one, run in results().items() if one[:3] == (size, 0.9, norms)] for size in sizes}
+        students = {size: [row for run in of_size for row in run["students"]] for size, of_size in runs.items()}
         for kind, (line, called) in {
             "": ("-", ""), ", clip": (":", "clamped"), ", calibrated": ("--", "calibrated")
         }.items():  # fmt: skip
             found = {
-                size: {name: [row[key] for row in run["students"] if row["method"] == name + kind] for name in METHODS}
-                for size, run in runs.items()
-                if any(row["method"].endswith(kind) for row in run["students"])
+                size: {name: [row[key] for row in rows if row["method"] == name + kind] for name in METHODS}
+                for size, rows in students.items()
+                if any(row["method"].endswith(kind) for row in rows)
             }
             for method in METHODS:
                 name = method if not kind else called if method == "place" else None
                 trend(axis, found, [method], linestyle=line, markersize=4, label=name)
         if key == "frechet_pixels":
-            own = [run["teacher"][key] for run in runs.values()]
+            own = [fmean(run["teacher"][key] for run in of_size) for of_size in runs.values()]
             axis.plot([*runs], own, "-s", markersize=4, color=report.COLORS["teacher"], label="teacher")
         axis.set_title(f"norms {'kept' if norms == 'keep' else 'scaled'}")
         axis.set_ylabel(score)
