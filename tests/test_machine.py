@@ -163,7 +163,15 @@ def test_an_optional_library_says_how_it_is_installed(tmp_path, monkeypatch):
         machine.library(broken, "this", "it-is")
 
 
-def test_signals_are_only_noted_inside_the_block():
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt. Whoever is started with & by a script inherits that it is ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_signals_are_only_noted_inside_the_block(ctrl_c):
     for number in (signal.SIGINT, signal.SIGTERM):
         former = signal.getsignal(number)
         with machine.Stop() as stop:
