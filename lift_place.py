@@ -1,5 +1,5 @@
 # Copyright (c) 2026 The LIFT/PLACE reference implementation authors. SPDX-License-Identifier: MIT
-# One file, torch only (Python 3.10, torch 2.7 or newer): copy it into your project.
+# One file, torch only (Python 3.11, torch 2.7 or newer): copy it into your project.
 """LIFT and PLACE: distillation losses that keep very small diffusion students stable (arXiv 2605.19729, CVPR 2026).
 
 The method. Teacher output e_T and student output e_S (noise, velocity, ...) come from the same noised input. Ordinary
