@@ -175,7 +175,7 @@ def weigh(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(w, str):
         raise ValueError(f"weight must be a number or a function, not {w!r}: schedule({w!r}, step, total) gives one")
     w = w(x.detach().clone()) if callable(w) else w  # a copy, for reducing over processes works in place
-    w = x.new_full((), w) if isinstance(w, float | int) else torch.as_tensor(w)  # as_tensor would make a GPU wait
+    w = x.new_full((), w) if isinstance(w, (float, int)) else torch.as_tensor(w)  # as_tensor would make a GPU wait
     if w.numel() != 1:
         raise ValueError(f"weight must be a number, not {tuple(w.shape)}: weights of samples go with reduction='none'")
     return w.to(x).reshape(())

@@ -33,6 +33,7 @@ from distil.process import Process, split
 from models import Network, correct, fingerprint, sealed, statistics
 
 FILE = "calibration.safetensors"  # beside the weights of a student
+LARGEST = 1e10  # mean square of what a fit weighs, outputs of about 300; beyond it rounding is larger than the ridge
 
 # ---- What a calibration is -------------------------------------------------------------------------------------------
 
@@ -182,10 +183,10 @@ def fit_calibrations(
                     moments[k] += moment
         if not (grams.isfinite().all() and moments.isfinite().all()):
             raise ValueError(f"outputs are not finite at timestep {t:g}: nothing can be fitted to what has diverged")
-        grams += ridge * draws * len(images) * torch.eye(10).double()
-        weights, singular = torch.linalg.solve_ex(grams, moments)
-        if singular.any() or not weights.isfinite().all():
+        if grams.amax() > LARGEST * draws * len(images):
             raise ValueError(f"outputs are too large at timestep {t:g}: nothing can be fitted to what has diverged")
+        grams += ridge * draws * len(images) * torch.eye(10).double()
+        weights = torch.linalg.solve(grams, moments)
         solutions.append(weights.unflatten(2, (5, 2)).squeeze(4).float())
     about = {"teacher": fingerprint(teacher.state_dict().values())}
     about |= {"images": len(images), "draws": draws, "ridge": ridge, "seed": seed}
